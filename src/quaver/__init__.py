@@ -1,0 +1,1 @@
+"""quaver: a Qwen3-TTS voice model, small, proven and fast."""

@@ -1,0 +1,1 @@
+"""The model in plain PyTorch, held against the official code number by number."""
