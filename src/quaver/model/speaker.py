@@ -99,7 +99,9 @@ class SpeakerEncoder(nn.Module):
         Raises AudioError for fewer frames than the widest convolution reaches over.
         """
         if mel.shape[1] < self.min_frames:
-            raise AudioError(f"{mel.shape[1]} mel frames are too few for the speaker encoder: at least {self.min_frames}")
+            raise AudioError(
+                f"{mel.shape[1]} mel frames are too few for the speaker encoder, which needs {self.min_frames}"
+            )
         hidden = mel.to(self.fc.weight.dtype).transpose(1, 2)
         outputs = []
         for block in self.blocks:
