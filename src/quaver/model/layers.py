@@ -82,11 +82,12 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
         self._rows = torch.arange(batch, device=like.device)
         self._longest = 0
+        self._even = True
 
     def clear(self) -> None:
         """Forget every position; the memory stays."""
         self.lengths.zero_()
-        self._longest = 0
+        self._longest, self._even = 0, True
 
     def positions(self, n: int) -> Tensor:
         """The next ``n`` positions of each row, [B, n]."""
@@ -96,7 +97,7 @@ class KVCache:
         """Stores [B, H, n, d] at each row's next positions and returns all keys and values up to the longest row."""
         n = keys.shape[2]
         end = self._longest + n
-        if len(self._rows) == 1 or self._longest == 0:
+        if self._even:
             self.keys[layer, :, :, self._longest : end] = keys
             self.values[layer, :, :, self._longest : end] = values
         else:
@@ -107,7 +108,7 @@ class KVCache:
 
     def mask(self, n: int) -> Tensor | None:
         """What ``n`` new positions may attend to, [B, 1, n, end]; None where plain causality says it."""
-        if self._longest == 0 or (len(self._rows) == 1 and n == 1):
+        if self._longest == 0 or (self._even and n == 1):
             return None
         index = torch.arange(self._longest + n, device=self.lengths.device)
         return index[None, None, None, :] <= self.positions(n)[:, None, :, None]
@@ -119,7 +120,8 @@ class KVCache:
             self._longest += lengths
         else:
             self.lengths += lengths
-            self._longest = int(self.lengths.max())
+            self._longest, shortest = int(self.lengths.max()), int(self.lengths.min())
+            self._even = self._longest == shortest
 
 
 class Attention(nn.Module):

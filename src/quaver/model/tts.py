@@ -1,0 +1,395 @@
+"""The whole model: opened from a checkpoint, it enrols voices, builds prompts and forces known speech.
+
+Shapes: B batch, T frames, P prompt positions, S text positions, Q codebooks, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quaver import audio as audio_files
+from quaver.audio import Audio
+from quaver.checkpoint import Checkpoint, Spec
+from quaver.config import FRAME_RATE_HZ, SUPPRESSED_IDS, ModelConfig, read_json
+from quaver.errors import CheckpointError, RecipeError, VoiceError
+from quaver.int4 import Int4Linear
+from quaver.model import speaker as speaker_encoder
+from quaver.model.codec_encoder import Codec
+from quaver.model.speaker import SpeakerEncoder
+from quaver.model.talker import Talker
+from quaver.sampling import Sampling
+from quaver.text import Tokenizer, check_text
+from quaver.voice import Voice
+
+Layout = Literal["stream", "whole"]
+"""How text meets speech: one text token a frame, or the whole text before the first frame."""
+
+_FLOAT32_ON_CPU_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """What to say and how: text, language, voice, an instruction in words, a seed, and the text layout."""
+
+    text: str
+    language: str = "auto"
+    voice: Voice | None = None
+    instruct: str | None = None
+    seed: int = 0
+    layout: Layout = "stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Talker inputs: ``embeds`` [P, D] before the first frame; ``tail`` [S, D], one row added to each frame.
+
+    The last row of ``tail`` holds for every later frame.
+    """
+
+    embeds: Tensor
+    tail: Tensor
+
+    def text_at(self, frame: int) -> Tensor:
+        """The text vector [D] that is added to frame ``frame``."""
+        return self.tail[min(frame, len(self.tail) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What the model thinks of known speech of T frames.
+
+    ``talker`` [T + 1, V]: row t predicts codebook 0 of frame t, row T what follows (the stop id).
+    ``residual`` [T, Q - 1, V']: codebooks 1 to Q - 1. ``hidden`` [T + 1, D]: what the code predictor is handed.
+    """
+
+    talker: Tensor
+    residual: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """The checkpoint's own sampling, from generation_config.json."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    residual: Sampling = field(default_factory=lambda: Sampling(penalty=1.0))
+    max_frames: int = 2048
+
+
+class Model(nn.Module):
+    """The modules of ``model.safetensors``, under their checkpoint names, with INT4 linears where they are quantized."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.talker = Talker(config.talker_config)
+        speaker = config.speaker_encoder_config
+        self.speaker_encoder: SpeakerEncoder | None = None
+        if config.has_speaker_encoder:
+            if speaker is None:
+                raise CheckpointError("config.json: a base model needs speaker_encoder_config")
+            self.speaker_encoder = SpeakerEncoder(speaker)
+        if config.quantization_config is not None:
+            kept = config.quantization_config.modules_to_not_convert
+            for name, module in list(self.named_modules()):
+                if isinstance(module, nn.Linear) and not any(part in name for part in kept):
+                    parent, _, leaf = name.rpartition(".")
+                    linear = Int4Linear(module.in_features, module.out_features, bias=module.bias is not None)
+                    setattr(self.get_submodule(parent), leaf, linear)
+
+
+class TTS:
+    """A Qwen3-TTS model, ready to be asked: ``force`` for known speech, and the engine's ``frames`` for new speech."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Model, codec: Codec, tokenizer: Tokenizer) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.model = model
+        self.talker = model.talker
+        self.codec = codec
+        self.tokenizer = tokenizer
+        self.defaults = _defaults(checkpoint.path / "generation_config.json")
+        self.device = model.talker.codec_head.weight.device
+        self.dtype = model.talker.codec_head.weight.dtype
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Checkpoint,
+        *,
+        codec: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> TTS:
+        """The model in a folder, of a hub id, of a name that ships with quaver, or of an opened checkpoint.
+
+        ``dtype`` is what its floats become; by default as stored, but float32 on a CPU where that stays under 1 GB.
+        Weights stream: one tensor at a time, each read once. Raises CheckpointError for a missing, left-over,
+        mis-shaped or non-finite tensor, by name.
+        """
+        checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, codec=codec)
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RecipeError("no CUDA device is available here: use --device cpu")
+        if dtype is None and device.type == "cpu":
+            n_values = sum(spec.n_elements for spec in checkpoint.specs.values())
+            dtype = torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
+        with torch.device("meta"):
+            model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
+        where = str(checkpoint.path)
+        _fill(model, checkpoint.tensors(), where, device, dtype)
+        sound_dtype = torch.float32 if device.type == "cpu" else None
+        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), device, sound_dtype)
+        return cls(checkpoint, model.eval(), sound.eval(), Tokenizer.load(checkpoint.path))
+
+    @torch.inference_mode()
+    def enroll(self, audio: Audio, *, text: str | None = None, name: str = "voice") -> Voice:
+        """The voice of a recording: its x-vector and, where ``text`` says what is spoken, its codes.
+
+        Any rate is resampled to 24 kHz. Raises AudioError for audio without speech, VoiceError when the model takes
+        preset or designed voices only.
+        """
+        encoder = self.model.speaker_encoder
+        if encoder is None:
+            raise VoiceError(
+                f"{self.checkpoint.path.name} is a {self.config.tts_model_type} model and cannot clone: use a Base model"
+            )
+        audio_files.require_speech(audio, name)
+        samples = torch.from_numpy(audio_files.resample(audio, speaker_encoder.SAMPLE_RATE_HZ).samples)[None]
+        samples = samples.to(self.device)
+        parameter = next(encoder.parameters())
+        vector = encoder(speaker_encoder.mel(samples).to(parameter.dtype))[0].float().cpu()
+        if text is None:
+            return Voice(name=name, speaker=vector)
+        check_text(text)
+        sound = next(self.codec.encoder.parameters())
+        codes = self.codec.encoder.encode(samples.to(sound.dtype))[0].T.cpu()
+        return Voice(name=name, speaker=vector, codes=codes, text=text)
+
+    def voice(self, source: str | Path, *, text: str | None = None) -> Voice:
+        """The voice that ``source`` names: a voice file, a recording, a preset, or a reference shipped with quaver.
+
+        ``text`` is what a recording says (for in-context cloning). Raises VoiceError or AudioError.
+        """
+        path = Path(source)
+        if path.suffix == ".safetensors":
+            return Voice.load(path)
+        presets = self.config.talker_config.spk_id
+        if str(source).lower() in presets:
+            return Voice(name=str(source).lower(), preset=str(source).lower())
+        if path.suffix or path.exists():
+            return self.enroll(audio_files.read(path), text=text, name=path.stem)
+        shipped = references()
+        if str(source) in shipped and self.config.has_speaker_encoder:
+            return self.enroll(audio_files.read(shipped[str(source)]), text=text, name=str(source))
+        known = sorted(presets) or (sorted(shipped) if self.config.has_speaker_encoder else [])
+        raise VoiceError(f"{source} is no recording, no voice file and no voice known here ({', '.join(known) or 'none'})")
+
+    @torch.inference_mode()
+    def prompt(self, utterance: Utterance) -> Prompt:
+        """The talker's inputs for ``utterance``, as the official code assembles them.
+
+        Raises RecipeError for an empty text, an unknown language or an instruction the model does not take, VoiceError
+        for a voice it cannot take.
+        """
+        check_text(utterance.text)
+        self._check(utterance)
+        config, voice = self.config.talker_config, utterance.voice
+        ids = self.tokenizer.ids_speech(utterance.text)
+        role, text = self._text(ids[:3]), self._text(ids[3:-5])
+        bos, eos, pad = self._text(
+            [self.config.tts_bos_token_id, self.config.tts_eos_token_id, self.config.tts_pad_token_id]
+        ).split(1)
+
+        language = self._language_id(utterance)
+        if language is None:
+            tags = [config.codec_nothink_id, config.codec_think_bos_id, config.codec_think_eos_id]
+        else:
+            tags = [config.codec_think_id, config.codec_think_bos_id, language, config.codec_think_eos_id]
+        parts = [self._codec(tags)]
+        if voice is not None and voice.preset is not None:
+            parts.append(self._codec([config.spk_id[voice.preset]]))
+        elif voice is not None and voice.speaker is not None:
+            parts.append(voice.speaker.to(self.device, self.dtype)[None])
+        head = torch.cat([*parts, self._codec([config.codec_pad_id])])
+        head = head + torch.cat((pad.expand(len(head) - 1, -1), bos))
+        start, filler = self._codec([config.codec_bos_id]), self._codec([config.codec_pad_id])
+
+        before = [] if not utterance.instruct else [self._text(self.tokenizer.ids_instruct(utterance.instruct))]
+        speech = start
+        if voice is not None and voice.codes is not None and voice.text is not None:
+            text = torch.cat((self._text(self.tokenizer.ids_reference(voice.text)[3:-2]), text))
+            codes = voice.codes.to(self.device, torch.long)
+            speech = torch.cat((start, self.talker.embed_frames(codes)))
+        text = torch.cat((text, eos))
+        if utterance.layout == "whole":
+            body, tail = torch.cat((text + filler, speech + pad)), pad
+        else:
+            n_both = min(len(text), len(speech))
+            body = torch.cat((text[:n_both], pad.expand(len(speech) - n_both, -1))) + speech
+            tail = torch.cat((text[n_both:], pad))
+        return Prompt(torch.cat([*before, role, head, body]), tail)
+
+    def inputs(self, prompt: Prompt, codes: Tensor) -> Tensor:
+        """Talker inputs [P + T, D] of ``prompt`` followed by the frames ``codes`` [T, Q]."""
+        n_frames = len(codes)
+        rows = torch.arange(n_frames, device=self.device).clamp(max=len(prompt.tail) - 1)
+        frames = self.talker.embed_frames(codes.to(self.device, torch.long)) + prompt.tail[rows]
+        return torch.cat((prompt.embeds, frames))
+
+    @torch.inference_mode()
+    def force(self, prompts: Sequence[Prompt], codes: Sequence[Tensor]) -> list[Logits]:
+        """Logits of known speech: for each prompt, frames ``codes`` [T, Q]. One batch, any lengths."""
+        rows = [self.inputs(prompt, frames) for prompt, frames in zip(prompts, codes, strict=True)]
+        hidden = self.talker.hidden(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        found = []
+        for prompt, frames, row in zip(prompts, codes, hidden, strict=True):
+            n_prompt, n_frames = len(prompt.embeds), len(frames)
+            states = row[n_prompt - 1 : n_prompt + n_frames]
+            known = frames.to(self.device, torch.long)
+            residual = self.talker.code_predictor.force(
+                states[:n_frames], self.talker.embed_codec(known[:, 0]), known[:, 1:]
+            )
+            found.append(Logits(self.talker.codec_head(states).float(), residual.float(), states))
+        return found
+
+    def suppressed(self, *, stop_too: bool) -> Tensor:
+        """The talker ids [V] bool that are never sampled; with the stop id where ``stop_too``."""
+        config = self.config.talker_config
+        banned = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.device)
+        banned[-SUPPRESSED_IDS:] = True
+        banned[config.codec_eos_token_id] = stop_too
+        return banned
+
+    def _text(self, ids: Sequence[int]) -> Tensor:
+        return self.talker.embed_text(torch.tensor(ids, dtype=torch.long, device=self.device))
+
+    def _codec(self, ids: Sequence[int]) -> Tensor:
+        return self.talker.embed_codec(torch.tensor(ids, dtype=torch.long, device=self.device))
+
+    def _check(self, utterance: Utterance) -> None:
+        """Raises RecipeError or VoiceError for what this model cannot do."""
+        kind, voice = self.config.tts_model_type, utterance.voice
+        presets = ", ".join(sorted(self.config.talker_config.spk_id))
+        if utterance.language.lower() not in self.config.languages:
+            raise RecipeError(
+                f"language {utterance.language!r} is unknown to this model: it speaks {', '.join(self.config.languages)}"
+            )
+        if utterance.layout not in ("stream", "whole"):
+            raise RecipeError(f"layout {utterance.layout!r} is neither 'stream' nor 'whole'")
+        if kind == "base":
+            if voice is None:
+                raise VoiceError("this Base model speaks in a cloned voice only: name a recording or a voice file")
+            if voice.preset is not None or voice.speaker is None:
+                raise VoiceError(f"the voice {voice.name} has no speaker vector: enrol a recording with this model")
+            if voice.speaker.shape != (self.config.talker_config.hidden_size,):
+                raise VoiceError(
+                    f"the voice {voice.name} has {voice.speaker.numel()} values, this model's have "
+                    f"{self.config.talker_config.hidden_size}: enrol the recording again with this model"
+                )
+            n_codebooks = self.config.talker_config.num_code_groups
+            if voice.codes is not None and voice.codes.shape[1] != n_codebooks:
+                raise VoiceError(f"the voice {voice.name} has {voice.codes.shape[1]} codebooks, this model {n_codebooks}")
+        elif kind == "custom_voice":
+            if voice is None or voice.preset not in self.config.talker_config.spk_id:
+                raise VoiceError(f"this CustomVoice model speaks in a preset voice only: one of {presets}")
+        elif voice is not None:
+            raise VoiceError("this VoiceDesign model takes no voice: describe one with --instruct")
+        if utterance.instruct and (kind == "base" or (kind == "custom_voice" and self.config.tts_model_size == "0b6")):
+            raise RecipeError(f"this {kind} {self.config.tts_model_size} model takes no instruction: leave --instruct out")
+
+    def _language_id(self, utterance: Utterance) -> int | None:
+        """The language tag, or None for "auto"; a preset that speaks a dialect brings its own."""
+        config, language = self.config.talker_config, utterance.language.lower()
+        preset = utterance.voice.preset if utterance.voice is not None else None
+        if language in ("auto", "chinese") and preset is not None:
+            dialect = config.spk_is_dialect.get(preset, False)
+            if isinstance(dialect, str):
+                return config.codec_language_id[dialect]
+        return None if language == "auto" else config.codec_language_id[language]
+
+
+def references() -> dict[str, Path]:
+    """The recordings that ship with quaver as voices to clone, by name."""
+    folder = Path(str(resources.files("quaver"))) / "voices" / "references"
+    return {path.stem: path for path in sorted(folder.glob("*.ogg"))}
+
+
+def seconds(n_frames: int) -> float:
+    """How long ``n_frames`` frames last."""
+    return n_frames / FRAME_RATE_HZ
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor name and shape that a checkpoint of ``config`` must have, the codec's aside."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in Model(config).state_dict().items()}
+
+
+def _fill(
+    module: nn.Module, tensors: Any, where: str, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Gives every parameter and buffer of the meta-device ``module`` its tensor. Raises CheckpointError."""
+    wanted = module.state_dict()
+    missing = dict.fromkeys(wanted)
+    for name, stored in tensors:
+        if name not in wanted:
+            raise CheckpointError(f"{where}: tensor {name} is left over: this architecture has none of that name")
+        if stored.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {tuple(stored.shape)}, the configuration says {tuple(wanted[name].shape)}"
+            )
+        parent, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        if stored.is_floating_point():
+            _check_finite(stored, name, where)
+        plain = stored.is_floating_point() and not isinstance(owner, Int4Linear)
+        tensor = stored.to(device, dtype if plain else None)
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
+        del missing[name]
+    if missing:
+        name = next(iter(missing))
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{where}: tensor {name} is missing{more}")
+    for child in module.modules():
+        if isinstance(child, Int4Linear):
+            child.prepare()
+
+
+def _check_finite(tensor: Tensor, name: str, where: str) -> None:
+    # A sum is not finite when any value is not, and it needs no second copy of a large tensor.
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return
+    n_bad = sum(int((~part.isfinite()).sum()) for part in tensor.reshape(-1).split(1 << 22))
+    if n_bad:
+        raise CheckpointError(f"{where}: tensor {name} has {n_bad} values that are NaN or infinite")
+
+
+def _defaults(path: Path) -> Defaults:
+    """The sampling in generation_config.json, the official defaults where it is silent. Raises CheckpointError."""
+    value = read_json(path) if path.exists() else {}
+    try:
+        greedy, residual_greedy = not value.get("do_sample", True), not value.get("subtalker_dosample", True)
+        return Defaults(
+            Sampling(
+                0.0 if greedy else float(value.get("temperature", 0.9)),
+                int(value.get("top_k", 50)),
+                float(value.get("top_p", 1.0)),
+                float(value.get("repetition_penalty", 1.05)),
+            ),
+            Sampling(
+                0.0 if residual_greedy else float(value.get("subtalker_temperature", 0.9)),
+                int(value.get("subtalker_top_k", 50)),
+                float(value.get("subtalker_top_p", 1.0)),
+                1.0,
+            ),
+            int(value.get("max_new_tokens", 2048)),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
