@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quaver import audio as audio_files
 from quaver.audio import Audio
-from quaver.checkpoint import Checkpoint, Spec
+from quaver.checkpoint import Checkpoint
 from quaver.config import FRAME_RATE_HZ, SUPPRESSED_IDS, ModelConfig, read_json
 from quaver.errors import CheckpointError, RecipeError, VoiceError
 from quaver.int4 import Int4Linear
@@ -32,6 +32,7 @@ Layout = Literal["stream", "whole"]
 """How text meets speech: one text token a frame, or the whole text before the first frame."""
 
 _FLOAT32_ON_CPU_BYTES = 1_000_000_000
+INT4_SUFFIXES = (".qweight", ".qzeros", ".scales")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +138,15 @@ class TTS:
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RecipeError("no CUDA device is available here: use --device cpu")
-        if dtype is None and device.type == "cpu":
-            n_values = sum(spec.n_elements for spec in checkpoint.specs.values())
-            dtype = torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
+        dtype = dtype or _default_dtype(checkpoint, device)
         with torch.device("meta"):
             model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
         where = str(checkpoint.path)
         _fill(model, checkpoint.tensors(), where, device, dtype)
-        sound_dtype = torch.float32 if device.type == "cpu" else None
-        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), device, sound_dtype)
+        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), device, _codec_dtype(device))
+        for module in model.modules():
+            if isinstance(module, Int4Linear):
+                module.prepare(model.talker.codec_head.weight.dtype)
         return cls(checkpoint, model.eval(), sound.eval(), Tokenizer.load(checkpoint.path))
 
     @torch.inference_mode()
@@ -332,6 +333,32 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in Model(config).state_dict().items()}
 
 
+def memory_bytes(checkpoint: Checkpoint, device: str | torch.device) -> dict[str, int]:
+    """What each stored tensor takes in memory once loaded on ``device`` with the default type, by name."""
+    device = torch.device(device)
+    sizes: dict[str, int] = {}
+    for specs, dtype in (
+        (checkpoint.specs, _default_dtype(checkpoint, device)),
+        (checkpoint.codec_specs, _codec_dtype(device)),
+    ):
+        for name, spec in specs.items():
+            kept = dtype is None or not spec.dtype.is_floating_point or name.endswith(INT4_SUFFIXES)
+            sizes[name] = spec.n_bytes if kept or dtype is None else spec.n_elements * dtype.itemsize
+    return sizes
+
+
+def _default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype | None:
+    """Float32 for a small unquantized model on a CPU; else as stored, which is what PyTorch's int4 operator is fast in."""
+    if device.type != "cpu" or checkpoint.config.quantization_config is not None:
+        return None
+    n_values = sum(spec.n_elements for spec in checkpoint.specs.values())
+    return torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
+
+
+def _codec_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.float32 if device.type == "cpu" else None
+
+
 def _fill(
     module: nn.Module, tensors: Any, where: str, device: torch.device, dtype: torch.dtype | None
 ) -> None:
@@ -357,9 +384,6 @@ def _fill(
         name = next(iter(missing))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{where}: tensor {name} is missing{more}")
-    for child in module.modules():
-        if isinstance(child, Int4Linear):
-            child.prepare()
 
 
 def _check_finite(tensor: Tensor, name: str, where: str) -> None:
