@@ -297,6 +297,9 @@ class TTS:
             n_codebooks = self.config.talker_config.num_code_groups
             if voice.codes is not None and voice.codes.shape[1] != n_codebooks:
                 raise VoiceError(f"the voice {voice.name} has {voice.codes.shape[1]} codebooks, this model {n_codebooks}")
+            n_codes = self.config.talker_config.code_predictor_config.vocab_size
+            if voice.codes is not None and int(voice.codes.max()) >= n_codes:
+                raise VoiceError(f"the voice {voice.name} has codes above this model's {n_codes}: enrol the recording again")
         elif kind == "custom_voice":
             if voice is None or voice.preset not in self.config.talker_config.spk_id:
                 raise VoiceError(f"this CustomVoice model speaks in a preset voice only: one of {presets}")

@@ -1,0 +1,121 @@
+"""What a model weighs: each module's parameters, types and bytes, read from the files' headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quaver.checkpoint import Checkpoint, Spec
+from quaver.model.tts import INT4_SUFFIXES, memory_bytes
+
+_PARTS: tuple[tuple[str, str], ...] = (
+    ("talker.code_predictor.model.layers.", "predictor layers"),
+    ("talker.code_predictor.model.codec_embedding.", "predictor embeddings"),
+    ("talker.code_predictor.lm_head.", "predictor heads"),
+    ("talker.code_predictor.", "predictor projection, norm"),
+    ("talker.model.layers.", "talker layers"),
+    ("talker.model.text_embedding.", "text embedding"),
+    ("talker.text_projection.", "text projection"),
+    ("talker.model.codec_embedding.", "codec embedding"),
+    ("talker.codec_head.", "codec head"),
+    ("talker.", "talker norm"),
+    ("speaker_encoder.", "speaker encoder"),
+    ("decoder.", "codec decoder"),
+    ("encoder.", "codec encoder"),
+)
+"""Module prefixes and their names, the most specific first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One module: its parameters (an INT4 weight counts the weights it stands for), types, and bytes."""
+
+    name: str
+    n_parameters: int
+    dtypes: tuple[str, ...]
+    disk_bytes: int
+    memory_bytes: int
+    quantized: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """All modules of a checkpoint; file headers and the alignment of files come on top of ``disk_bytes``."""
+
+    model: str
+    kind: str
+    entries: tuple[Entry, ...]
+    file_bytes: int
+
+    @property
+    def total(self) -> Entry:
+        """The sum of the entries."""
+        dtypes = sorted({dtype for entry in self.entries for dtype in entry.dtypes})
+        return Entry(
+            "total",
+            sum(entry.n_parameters for entry in self.entries),
+            tuple(dtypes),
+            sum(entry.disk_bytes for entry in self.entries),
+            sum(entry.memory_bytes for entry in self.entries),
+            "",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return {**asdict(self), "total": asdict(self.total)}
+
+
+def weigh(checkpoint: Checkpoint, *, device: str = "cpu") -> Ledger:
+    """The ledger of ``checkpoint``; memory is what its weights take when loaded on ``device`` by default."""
+    in_memory = memory_bytes(checkpoint, device)
+    groups: dict[str, dict[str, Spec]] = {}
+    for specs in (checkpoint.specs, checkpoint.codec_specs):
+        for name, spec in specs.items():
+            part = next((label for prefix, label in _PARTS if name.startswith(prefix)), "other")
+            groups.setdefault(part, {})[name] = spec
+    order = [label for _, label in _PARTS] + ["other"]
+    entries = tuple(_entry(label, groups[label], in_memory) for label in order if label in groups)
+    files = {spec.file for specs in (checkpoint.specs, checkpoint.codec_specs) for spec in specs.values()}
+    return Ledger(
+        model=checkpoint.path.name,
+        kind=f"{checkpoint.config.tts_model_type} {checkpoint.config.tts_model_size}",
+        entries=entries,
+        file_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _entry(label: str, specs: Mapping[str, Spec], in_memory: Mapping[str, int]) -> Entry:
+    packed = sum(spec.n_elements for name, spec in specs.items() if name.endswith(".qweight"))
+    plain = sum(spec.n_elements for name, spec in specs.items() if not name.endswith(INT4_SUFFIXES))
+    return Entry(
+        name=label,
+        n_parameters=plain + 8 * packed,
+        dtypes=tuple(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values()})),
+        disk_bytes=sum(spec.n_bytes for spec in specs.values()),
+        memory_bytes=sum(in_memory[name] for name in specs),
+        quantized=f"INT4 g128 ({8 * packed:,} weights)" if packed else "",
+    )
+
+
+def table(ledger: Ledger) -> Iterator[str]:
+    """The ledger as lines of text; megabytes are millions of bytes, rounded up."""
+    row = "{:<28} {:>15} {:>12} {:>12}  {:<18} {}"
+    yield f"{ledger.model} ({ledger.kind})"
+    yield row.format("module", "parameters", "disk MB", "memory MB", "stored as", "quantized")
+    for entry in (*ledger.entries, ledger.total):
+        yield row.format(
+            entry.name,
+            f"{entry.n_parameters:,}",
+            _megabytes(entry.disk_bytes),
+            _megabytes(entry.memory_bytes),
+            ",".join(entry.dtypes),
+            entry.quantized,
+        ).rstrip()
+    total = ledger.total
+    yield f"exactly {total.disk_bytes:,} bytes of tensors, {ledger.file_bytes:,} bytes of weight files"
+
+
+def _megabytes(n_bytes: int) -> str:
+    tenths = -(-n_bytes // 100_000)
+    return f"{tenths // 10:,}.{tenths % 10}"
