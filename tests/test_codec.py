@@ -17,6 +17,8 @@ from quaver.model.codec_encoder import Codec, CodecEncoder
 
 PUBLISHED = Path(__file__).parent / "oracle" / "published"
 WINDOW = 72
+# The float64 law is the sharp one; in float32 the sums of a short and of a long convolution are rounded differently.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6}
 DECODER = CodecDecoderConfig(
     latent_dim=16,
     codebook_dim=16,
@@ -79,28 +81,30 @@ def _cuts(n_frames: int, seed: int) -> list[int]:
     return cuts
 
 
-@pytest.mark.parametrize("seed", [None, *range(10)])
-def test_any_chunking_of_the_stream_is_the_whole(seed: int | None) -> None:
+@pytest.mark.parametrize(("dtype", "atol"), TOLERANCES.items(), ids=["float64", "float32"])
+@pytest.mark.parametrize("seed", [None, *range(8)])
+def test_any_chunking_of_the_stream_is_the_whole(seed: int | None, dtype: torch.dtype, atol: float) -> None:
     cuts = [1] * 80 if seed is None else _cuts(200, seed)
-    decoder, codes = _decoder(), _codes(1, sum(cuts))
+    decoder, codes = _decoder().to(dtype), _codes(1, sum(cuts))
     with torch.no_grad():
         whole = decoder(codes)[0]
     assert whole.std() > 0.05 and (whole.abs() == 1).float().mean() < 0.1, "the comparison would say nothing"
     stream = decoder.stream()
     pieces = [stream.push(piece) for piece in codes[0].T.split(cuts)]
     assert [len(piece) for piece in pieces] == [12 * n for n in cuts]
-    torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=atol)
 
 
-def test_the_stream_is_exact_at_the_published_rates() -> None:
+@pytest.mark.parametrize(("dtype", "atol"), TOLERANCES.items(), ids=["float64", "float32"])
+def test_the_stream_is_exact_at_the_published_rates(dtype: torch.dtype, atol: float) -> None:
     config = dataclasses.replace(DECODER, upsample_rates=(8, 5, 4, 3), upsampling_ratios=(2, 2), sliding_window=5)
-    decoder, codes = _decoder(config), _codes(1, 17, config)
+    decoder, codes = _decoder(config).to(dtype), _codes(1, 17, config)
     with torch.no_grad():
         whole = decoder(codes)[0]
     stream = decoder.stream()
     pieces = torch.cat([stream.push(piece) for piece in codes[0].T.split([1, 4, 6, 1, 5])])
     assert len(pieces) == 1920 * 17
-    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=atol)
 
 
 def test_a_frame_is_heard_as_long_as_windows_and_convolutions_reach() -> None:
@@ -120,7 +124,7 @@ def test_a_batched_stream_is_its_rows() -> None:
     batched = decoder.stream(batch=3)
     together = torch.cat([batched.push(piece) for piece in codes.transpose(1, 2).split([40, 1, 49], 1)], 1)
     for row, samples in zip(codes, together, strict=True):
-        torch.testing.assert_close(samples, decoder.stream().push(row.T), rtol=0, atol=1e-6)
+        torch.testing.assert_close(samples, decoder.stream().push(row.T), rtol=0, atol=TOLERANCES[torch.float32])
 
 
 def test_reset_forgets() -> None:
@@ -134,7 +138,9 @@ def test_reset_forgets() -> None:
 def test_decoding_does_not_look_ahead() -> None:
     decoder, codes = _decoder(), _codes(2, 30)
     with torch.no_grad():
-        torch.testing.assert_close(decoder(codes[..., :11]), decoder(codes)[:, : 11 * 12], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            decoder(codes[..., :11]), decoder(codes)[:, : 11 * 12], rtol=0, atol=TOLERANCES[torch.float32]
+        )
 
 
 @pytest.mark.parametrize("n_samples", [1, 5, 6, 11, 12, 13, 24, 25, 1000])
@@ -174,12 +180,12 @@ def test_each_acoustic_code_is_the_nearest_to_what_is_left() -> None:
 def test_decoder_latents_are_what_its_codebooks_hold() -> None:
     decoder, codes = _decoder(), _codes(2, 5)
     with torch.no_grad():
-        for layer in decoder.quantizer.rvq_rest.vq.layers:
-            layer.codebook.cluster_usage.uniform_(0, 3)
+        for book in decoder.quantizer.rvq_rest.vq.codebooks:
+            book.cluster_usage.uniform_(0, 3)
         latents = decoder.quantizer.decode(codes)
         first, rest = decoder.quantizer.rvq_first, decoder.quantizer.rvq_rest
-        summed = sum(layer.codebook.embedding[codes[:, i + 1]] for i, layer in enumerate(rest.vq.layers))
-        semantic = first.output_proj(first.vq.layers[0].codebook.embedding[codes[:, 0]].transpose(1, 2))
+        summed = sum(book.embedding[codes[:, i + 1]] for i, book in enumerate(rest.vq.codebooks))
+        semantic = first.output_proj(first.vq.codebooks[0].embedding[codes[:, 0]].transpose(1, 2))
         torch.testing.assert_close(latents, semantic + rest.output_proj(summed.transpose(1, 2)))
         torch.testing.assert_close(decoder.from_latents(latents), decoder(codes))
 
