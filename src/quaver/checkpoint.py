@@ -179,7 +179,10 @@ class Checkpoint:
                 parents = {str(file.relative_to(self.path)): sha256(file) for file in _files(self.specs)}
                 steps += tuple(replace(step, parents=parents) for step, _ in self.edits)
             files |= {f"{CODEC}/{f.name}": sha256(aside / CODEC / f.name) for f in _files(self.codec_specs)}
-            (aside / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+            if self.settings == read_json(self.path / "config.json"):
+                shutil.copyfile(self.path / "config.json", aside / "config.json")
+            else:
+                (aside / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
             (aside / PROVENANCE).write_text(Provenance(steps, files).to_json(), encoding="utf-8")
             aside.chmod(0o755)
             aside.rename(out)

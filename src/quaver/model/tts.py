@@ -377,7 +377,7 @@ def _fill(
             )
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
-        if stored.is_floating_point():
+        if stored.is_floating_point() and stored.numel():
             _check_finite(stored, name, where)
         plain = stored.is_floating_point() and not isinstance(owner, Int4Linear)
         tensor = stored.to(device, dtype if plain else None)
@@ -389,11 +389,23 @@ def _fill(
         raise CheckpointError(f"{where}: tensor {name} is missing{more}")
 
 
+_EXPONENT_ONES = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+"""Of each float type, the integer of its size and the bits that are all ones in NaN and infinity alone."""
+
+
 def _check_finite(tensor: Tensor, name: str, where: str) -> None:
-    # A sum is not finite when any value is not, and it needs no second copy of a large tensor.
-    if tensor.sum(dtype=torch.float32).isfinite():
-        return
-    n_bad = sum(int((~part.isfinite()).sum()) for part in tensor.reshape(-1).split(1 << 22))
+    # Integer arithmetic on parts: several times faster than isfinite, and without a second copy of a large tensor.
+    integers, ones = _EXPONENT_ONES[tensor.dtype]
+    n_bad = 0
+    for part in tensor.reshape(-1).view(integers).split(1 << 20):
+        exponents = part & ones
+        if int(exponents.max()) == ones:
+            n_bad += int((exponents == ones).sum())
     if n_bad:
         raise CheckpointError(f"{where}: tensor {name} has {n_bad} values that are NaN or infinite")
 

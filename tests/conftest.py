@@ -1,0 +1,22 @@
+"""What every test shares: one thread a process (toys are tiny), and toy models built once."""
+
+from __future__ import annotations
+
+import pytest
+import toy
+import torch
+from quaver.model.tts import TTS
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory):
+    """A toy Base checkpoint; tests read it and never change it."""
+    return toy.checkpoint(tmp_path_factory.mktemp("toy") / "base")
+
+
+@pytest.fixture(scope="session")
+def toy_tts(toy_folder):
+    """The toy Base model, loaded."""
+    return TTS.load(toy_folder)
