@@ -1,0 +1,260 @@
+"""The search over one decoder layer: which scales to fold, which ranges to clip, and the rounding itself.
+
+A linear's input channels are scaled up before rounding and the scale is taken back in the module before it: a norm's
+weight, or the rows of another linear (AWQ, Lin et al. 2023). The function stays the same; the rounding error moves away
+from the channels that carry much. Then each output row may clip its groups. Every choice has "leave it" among its
+candidates and is judged by the error of the linear's output on calibration inputs, so none is worse than rounding to
+nearest.
+
+That error is ``trace(E C E^T)`` for a weight error E and the inputs' second moment C: the moment [in, in] stands for
+all calibration positions at once, and no input need be kept. Shapes: O outputs, I inputs, G groups of 128 inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quaver.int4 import GROUP, LEVELS, Int4Weight, representable
+from quaver.model.layers import GROUPS, DecoderLayer, Group
+
+_EXPONENTS = tuple(index / 20 for index in range(20))
+_CLIPS = tuple(1 - 0.05 * index for index in range(10))
+# Scores are products of queries and keys, so their errors multiply: clipping those is left out, as in AutoAWQ.
+_UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The inputs of a group over all positions: ``second`` [I, I], the mean of x x^T, and ``size`` [I], that of |x|."""
+
+    second: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """One fused group: the chosen exponents, and the relative output error of rounding to nearest and of this.
+
+    ``loss`` and ``loss_nearest`` sum, over the group's linears, the error's energy as a share of the output's.
+    ``clipped`` is the share of weight groups whose range was narrowed.
+    """
+
+    name: str
+    alpha: float
+    beta: float
+    loss_nearest: float
+    loss: float
+    clipped: float
+
+
+def nearest(weight: Tensor, shrink: Tensor | None = None) -> Int4Weight:
+    """``weight`` [O, I] rounded to the nearest of 16 levels that span each group's range and zero.
+
+    ``shrink`` [O, G] narrows the ranges; what lies outside goes to the ends.
+    """
+    groups = weight.float().reshape(len(weight), -1, GROUP)
+    high, low = groups.amax(-1).clamp(min=0), groups.amin(-1).clamp(max=0)
+    if shrink is not None:
+        high, low = high * shrink, low * shrink
+    scales = representable((high - low) / (LEVELS - 1))
+    zeros = (-low / scales).round().clamp(0, LEVELS - 1)
+    values = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, LEVELS - 1)
+    return Int4Weight(values.flatten(1).to(torch.uint8), zeros.to(torch.uint8), scales)
+
+
+def row_errors(delta: Tensor, second: Tensor) -> Tensor:
+    """The mean squared output error [O] of the weight error ``delta`` [O, I] on inputs of moment ``second``."""
+    return ((delta @ second) * delta).sum(-1)
+
+
+def search_clip(weight: Tensor, second: Tensor) -> Tensor:
+    """How far to narrow each group's range, [O, G] in 0.55..1, for the least output error.
+
+    Group after group, each given the errors of the others: the error never rises, and 1 (no clipping) wins ties.
+    """
+    delta = nearest(weight).dequantize() - weight
+    shrink = weight.new_ones(len(weight), weight.shape[1] // GROUP)
+    for group in range(shrink.shape[1]):
+        columns = slice(group * GROUP, (group + 1) * GROUP)
+        own, part = second[columns, columns], weight[:, columns]
+        kept = delta[:, columns]
+        others = delta @ second[:, columns] - kept @ own
+        least = ((kept @ own + 2 * others) * kept).sum(-1)
+        for ratio in _CLIPS[1:]:
+            narrowed = shrink.new_full((len(weight), 1), ratio)
+            tried = nearest(part, narrowed).dequantize() - part
+            error = ((tried @ own + 2 * others) * tried).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            shrink[better, group] = ratio
+            kept = torch.where(better[:, None], tried, kept)
+        delta[:, columns] = kept
+    return shrink
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """How a group's input channels hang on the channels of the module before it.
+
+    With grouped queries, each value head feeds ``n_repeats`` consecutive heads of ``width`` inputs.
+    """
+
+    n_repeats: int
+    width: int
+
+    @classmethod
+    def of(cls, layer: DecoderLayer, group: Group) -> Feed:
+        """The feed of ``group`` in ``layer``."""
+        n_inputs = layer.get_parameter(f"{group.linears[0]}.weight").shape[1]
+        n_sources = len(layer.get_parameter(f"{group.before}.weight"))
+        return cls(n_inputs // n_sources, layer.self_attn.head_dim if n_inputs != n_sources else n_inputs)
+
+    def spread(self, scale: Tensor) -> Tensor:
+        """The scale [I] of each input, from that of each source channel."""
+        return scale.view(-1, 1, self.width).expand(-1, self.n_repeats, -1).reshape(-1)
+
+    def gather(self, sizes: Tensor) -> Tensor:
+        """The mean of ``sizes`` [I] over the inputs of each source channel."""
+        return sizes.view(-1, self.n_repeats, self.width).mean(1).reshape(-1)
+
+
+def fold(layer: DecoderLayer, group: Group, scale: Tensor) -> None:
+    """Multiplies the inputs of the group's linears by ``scale`` and divides the channels before them, in place.
+
+    ``scale`` has one value a channel of ``group.before``. The layer's function stays as it is.
+    """
+    inputs = Feed.of(layer, group).spread(scale)
+    for linear in group.linears:
+        layer.get_parameter(f"{linear}.weight").data.mul_(inputs)
+    before = layer.get_parameter(f"{group.before}.weight").data
+    before.div_(scale if before.dim() == 1 else scale[:, None])
+
+
+def absorbable(layer: DecoderLayer, group: Group, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest scale to ``scale`` that ``group.before`` absorbs without rounding when stored in ``dtype``.
+
+    A norm's weight is stored, so the scale is what is left of it exactly; a linear before is quantized afterwards from
+    its float32 rows. A norm weight of 0 silences its channel and takes no scale.
+    """
+    before = layer.get_parameter(f"{group.before}.weight")
+    if before.dim() > 1:
+        return scale
+    exact = before / (before / scale).to(dtype).float()
+    return torch.where(exact.isfinite() & (exact > 0), exact, torch.ones_like(exact))
+
+
+def search_layer(layer: DecoderLayer, moments: Mapping[str, Moment], norm_dtype: torch.dtype) -> LayerSearch:
+    """The best that the search finds for the float32 ``layer``; rounding to nearest should that be better after all."""
+    found = LayerSearch(copy.deepcopy(layer), moments, norm_dtype)
+    found.run()
+    if sum(report.loss for report in found.reports) <= sum(report.loss_nearest for report in found.reports):
+        return found
+    plain = LayerSearch(layer, moments, norm_dtype, activation_aware=False)
+    plain.run()
+    return plain
+
+
+@dataclass(slots=True)
+class LayerSearch:
+    """The search over one layer, which is folded in place.
+
+    ``weights`` holds what was found, by linear; ``reports`` one entry a group, in the order of GROUPS.
+    """
+
+    layer: DecoderLayer
+    moments: Mapping[str, Moment]
+    norm_dtype: torch.dtype
+    activation_aware: bool = True
+    weights: dict[str, Int4Weight] = field(default_factory=dict)
+    reports: list[GroupReport] = field(default_factory=list)
+    # What the output rows of a linear were divided by; its errors count in the units before that.
+    units: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Folds, clips and rounds every group."""
+        originals = {linear: self._weight(linear).clone() for group in GROUPS for linear in group.linears}
+        # From the last group to the first: a linear's rows are settled before its columns are searched.
+        chosen = {group.name: self._fold_best(group) for group in reversed(GROUPS)}
+        for group in GROUPS:
+            self.reports.append(self._round(group, originals, *chosen[group.name]))
+
+    def _round(
+        self, group: Group, originals: Mapping[str, Tensor], alpha: float, beta: float, scale: Tensor | None
+    ) -> GroupReport:
+        """Clips and rounds the linears of a group that was folded by ``scale``, and compares with the originals."""
+        second = self.moments[group.name].second
+        inputs = Feed.of(self.layer, group).spread(scale) if scale is not None else second.new_ones(len(second))
+        folded = second / torch.outer(inputs, inputs)
+        before = after = 0.0
+        n_clipped = n_groups = 0
+        for linear in group.linears:
+            original, weight = originals[linear], self._weight(linear)
+            clips = self.activation_aware and linear not in _UNCLIPPED
+            shrink = search_clip(weight, folded) if clips else None
+            self.weights[linear] = nearest(weight, shrink)
+            errors = row_errors(self.weights[linear].dequantize() - weight, folded) * self._units(linear).square()
+            energy = row_errors(original, second).sum().clamp(min=_TINY)
+            before += float(row_errors(nearest(original).dequantize() - original, second).sum() / energy)
+            after += float(errors.sum() / energy)
+            n_clipped += 0 if shrink is None else int((shrink < 1).sum())
+            n_groups += weight.numel() // GROUP
+        return GroupReport(group.name, alpha, beta, before, after, n_clipped / n_groups)
+
+    def _weight(self, linear: str) -> Tensor:
+        return self.layer.get_parameter(f"{linear}.weight").data
+
+    def _units(self, linear: str) -> Tensor:
+        weight = self._weight(linear)
+        return self.units.get(linear, weight.new_ones(len(weight)))
+
+    def _fold_best(self, group: Group) -> tuple[float, float, Tensor | None]:
+        """Folds the best scale of the grid and returns its exponents and itself, None where nothing was folded."""
+        best: tuple[float, float, Tensor | None] = (0.0, 0.0, None)
+        if not self.activation_aware:
+            return best
+        moment, feed = self.moments[group.name], Feed.of(self.layer, group)
+        stacked = torch.cat([self._weight(linear) for linear in group.linears])
+        importance = torch.cat([self._importance(linear, moment.second) for linear in group.linears])
+        least = (row_errors(nearest(stacked).dequantize() - stacked, moment.second) * importance).sum()
+        for alpha, beta, raw in _grid(feed.gather(moment.size), feed.gather(_weight_size(stacked))):
+            scale = absorbable(self.layer, group, raw, self.norm_dtype)
+            inputs = feed.spread(scale)
+            scaled = stacked * inputs
+            delta = (nearest(scaled).dequantize() - scaled) / inputs
+            error = (row_errors(delta, moment.second) * importance).sum()
+            if error < least:
+                least, best = error, (alpha, beta, scale)
+        if best[2] is not None:
+            fold(self.layer, group, best[2])
+            if self.layer.get_parameter(f"{group.before}.weight").dim() > 1:
+                self.units[group.before] = best[2]
+        return best
+
+    def _importance(self, linear: str, second: Tensor) -> Tensor:
+        """What an error of each output row counts: in its own units, and as a share of the linear's output."""
+        squared = self._units(linear).square()
+        energy = (row_errors(self._weight(linear), second) * squared).sum()
+        return squared / energy.clamp(min=_TINY)
+
+
+def _weight_size(weight: Tensor) -> Tensor:
+    """How large each input's weights are within their groups, [I]: the mean of |w| over the group's largest."""
+    groups = weight.abs().reshape(len(weight), -1, GROUP)
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).mean(0).reshape(-1)
+
+
+def _grid(inputs: Tensor, weights: Tensor) -> Iterator[tuple[float, float, Tensor]]:
+    """Candidate scales: ``inputs ** alpha``, and the same over ``weights ** (1 - alpha)``, centred on 1."""
+    inputs, weights = inputs.clamp(min=1e-8), weights.clamp(min=1e-8)
+    for alpha in _EXPONENTS:
+        for beta in (0.0, 1 - alpha):
+            scale = (inputs**alpha / weights**beta).clamp(min=1e-4)
+            scale = scale / (scale.amax() * scale.amin()).sqrt()
+            if alpha or beta:
+                yield alpha, beta, scale

@@ -1,0 +1,203 @@
+"""Utterances with their speech codes: what calibration and validation run on.
+
+They come from a user's recordings, or are spoken by the model itself. A text is either for calibration or held out,
+by the hash of the text alone, so that no text is ever in both, whatever the seed, the voice or the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from quaver import audio as audio_files
+from quaver.engine import Engine
+from quaver.errors import RecipeError, VoiceError
+from quaver.model.speaker import SAMPLE_RATE_HZ
+from quaver.model.tts import TTS, Utterance, references
+from quaver.voice import Voice
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and how many there are."""
+
+Split = Literal["calibration", "held-out"]
+
+SENTENCES = "sentences.jsonl"
+_HELD_OUT_BYTES = 64
+_BATCH = 32
+
+INSTRUCTS = (
+    "A calm middle-aged woman with a warm, low voice.",
+    "A lively young man who speaks fast and smiles.",
+    "An old storyteller, slow, hoarse and friendly.",
+    "A clear, neutral newsreader.",
+    "A shy teenager who almost whispers.",
+    "A cheerful child in high spirits.",
+)
+"""Designed voices, for models that take a description."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An utterance and the frames ``codes`` [T, Q] that say it."""
+
+    utterance: Utterance
+    codes: Tensor
+
+
+def split_of(text: str) -> Split:
+    """The half that ``text`` belongs to: one text in four is held out, by its SHA-256."""
+    return "held-out" if hashlib.sha256(text.strip().encode()).digest()[0] < _HELD_OUT_BYTES else "calibration"
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """The SHA-256 of all texts, languages and codes, in hexadecimal."""
+    total = hashlib.sha256()
+    for item in items:
+        head = [item.utterance.text, item.utterance.language, list(item.codes.shape)]
+        total.update(json.dumps(head).encode() + item.codes.to(torch.int32).contiguous().cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def builtin(
+    tts: TTS,
+    n: int,
+    *,
+    seed: int = 1729,
+    split: Split = "calibration",
+    voices: Sequence[Voice] | None = None,
+    progress: Progress | None = None,
+) -> list[Item]:
+    """``n`` utterances of ``split``, spoken by the model itself with its own sampling; the same for the same seed.
+
+    The texts are the checkpoint's own sentences.jsonl where it has one (a voice that knows only its sentences), else
+    those that ship with quaver in the languages of the model. The voices are ``voices``, else the recordings that
+    ship with quaver, the model's presets, or descriptions. Where ``n`` exceeds the texts they return in other voices.
+    Raises RecipeError when there is no text, VoiceError when there is no voice.
+    """
+    rows = [row for row in _sentences(tts) if split_of(row["text"]) == split]
+    if not rows:
+        raise RecipeError(
+            f"{tts.checkpoint.path} knows no language that quaver has {split} sentences for: give recordings"
+        )
+    order = random.Random(seed)
+    order.shuffle(rows)
+    speakers = _speakers(tts, voices)
+    utterances = []
+    for index in range(n):
+        row = rows[index % len(rows)]
+        plain = Utterance(row["text"], row.get("language", "auto"), seed=seed + index)
+        # One voice further on each pass over the texts, so that no pair returns before all have been.
+        utterances.append(speakers(plain, row.get("voice"), index + index // len(rows)))
+    return speak(tts, utterances, progress)
+
+
+def load(tts: TTS, path: str | Path, progress: Progress | None = None) -> list[Item]:
+    """The utterances of a JSON-lines file: ``text`` and ``audio``, and optionally ``language`` and ``voice``, a row.
+
+    ``audio`` is a recording, relative to the file; its codes are made by the model's own codec. ``voice`` is what
+    TTS.voice takes; a Base model clones the recording itself where there is none.
+    Raises RecipeError for a file or row that cannot be used, by line, and what TTS.voice raises.
+    """
+    path = Path(path)
+    items = []
+    rows = list(_read_rows(path))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("audio"), str):
+            raise RecipeError(f'{path}, line {number}: it needs an "audio": the recording that says the text')
+        items.append(_recorded(tts, row, path.parent))
+        if progress:
+            progress("encoding recordings", number, len(rows))
+    return items
+
+
+@torch.inference_mode()
+def _recorded(tts: TTS, row: dict[str, Any], folder: Path) -> Item:
+    recording = audio_files.read(folder / row["audio"])
+    audio_files.require_speech(recording, row["audio"])
+    samples = torch.from_numpy(audio_files.resample(recording, SAMPLE_RATE_HZ).samples)[None, None]
+    encoder = tts.codec.encoder
+    parameter = next(encoder.parameters())
+    codes = encoder.encode(samples[:, 0].to(parameter.device, parameter.dtype))[0].T.cpu()
+    voice = None
+    if row.get("voice"):
+        near = folder / row["voice"]
+        voice = tts.voice(near if near.is_file() else row["voice"])
+    elif tts.config.has_speaker_encoder:
+        voice = tts.enroll(recording, name=Path(row["audio"]).stem)
+    utterance = Utterance(row["text"], row.get("language", "auto"), voice, row.get("instruct"))
+    tts.prompt(utterance)
+    return Item(utterance, codes)
+
+
+def _sentences(tts: TTS) -> list[dict[str, Any]]:
+    """The rows that the model can say."""
+    own = tts.checkpoint.path / SENTENCES
+    shipped = Path(str(resources.files("quaver"))) / "data" / SENTENCES
+    rows = _read_rows(own if own.exists() else shipped)
+    return [row for row in rows if row.get("language", "auto").lower() in tts.config.languages]
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RecipeError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
+            raise RecipeError(f'{path}, line {number}: it needs a "text"')
+        yield row
+
+
+def _speakers(tts: TTS, voices: Sequence[Voice] | None) -> Callable[[Utterance, str | None, int], Utterance]:
+    """Who says an utterance: the voice its row names where that is known, else the one at its index."""
+    if tts.config.tts_model_type == "voice_design":
+        return lambda plain, _, index: replace(plain, instruct=INSTRUCTS[index % len(INSTRUCTS)])
+    if voices is None:
+        voices = [tts.voice(name) for name in (references() if tts.config.has_speaker_encoder else _presets(tts))]
+    if not voices:
+        raise VoiceError(f"{tts.checkpoint.path} has no voice to calibrate with: give recordings to clone")
+    chosen, named = list(voices), {voice.name: voice for voice in voices}
+    return lambda plain, name, index: replace(plain, voice=named.get(name or "", chosen[index % len(chosen)]))
+
+
+def _presets(tts: TTS) -> list[str]:
+    return sorted(tts.config.talker_config.spk_id)
+
+
+def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None = None) -> list[Item]:
+    """The utterances with the codes that the model says them with, in batches of like length.
+
+    The batches depend on the texts alone, so that two models are asked alike. Speech longer than :func:`most_frames`
+    of its text may have been cut.
+    """
+    engine = Engine(tts)
+    caps = [most_frames(utterance.text) for utterance in utterances]
+    by_length = sorted(range(len(utterances)), key=lambda index: (caps[index], index))
+    items: dict[int, Item] = {}
+    for start in range(0, len(by_length), _BATCH):
+        batch = by_length[start : start + _BATCH]
+        knobs = replace(engine.knobs, max_frames=caps[batch[-1]])
+        prompts = [tts.prompt(utterances[index]) for index in batch]
+        codes = engine.codes(prompts, [utterances[index].seed for index in batch], knobs)
+        items |= {index: Item(utterances[index], frames) for index, frames in zip(batch, codes, strict=True)}
+        if progress:
+            progress("speaking", len(items), len(utterances))
+    return [items[index] for index in range(len(utterances))]
+
+
+def most_frames(text: str) -> int:
+    """A length that speech of ``text`` seldom passes: twice a frame a UTF-8 byte, which fits letters and syllables."""
+    return 16 + 2 * len(text.encode())
