@@ -38,7 +38,7 @@ def random_checkpoint(out: Path, settings: Mapping[str, Any], codec_settings: Ma
         dtype = torch.bfloat16
         write_tensors(aside / WEIGHTS, _random(shapes(config), dtype, generator), len(shapes(config)))
         with torch.device("meta"):
-            codec = {name: value for name, value in Codec(codec_config).state_dict().items()}
+            codec = dict(Codec(codec_config).state_dict())
         write_tensors(aside / CODEC / WEIGHTS, _random_codec(codec, generator), len(codec))
         _write_json(aside / "config.json", settings)
         _write_json(aside / CODEC / "config.json", codec_settings)
@@ -114,8 +114,10 @@ def _random_codec(wanted: Mapping[str, Tensor], generator: torch.Generator) -> I
         elif name.endswith("gamma") or "layer_scale" in name:
             yield name, torch.full(like.shape, 0.1)
         else:
+            # A little under unit gain: at unit gain the samples overshoot a thousandfold, and with them every rounding.
             fan_in = max(1, int(torch.Size(like.shape[1:]).numel()))
-            yield name, torch.randn(like.shape, generator=generator) * (0.1 if like.dim() == 1 else fan_in**-0.5)
+            scale = 0.1 if like.dim() == 1 else 0.7 * fan_in**-0.5
+            yield name, torch.randn(like.shape, generator=generator) * scale
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

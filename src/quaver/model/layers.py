@@ -38,7 +38,7 @@ GROUPS: tuple[Group, ...] = (
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm over the last axis, computed in float32 or wider (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -46,7 +46,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        wide = x if x.dtype == torch.float64 else x.float()
+        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Rotary:
     def at(cls, positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
         """The tables for ``positions`` [B or 1, T]; angles in float32, then ``dtype`` (Su et al. 2021)."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-        angles = positions.float()[:, None, :, None] * theta**-exponents
+        angles = positions.float()[:, None, :, None] * (1.0 / theta**exponents)
         angles = torch.cat((angles, angles), dim=-1)
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
