@@ -127,7 +127,7 @@ def quantize(
     if calibration is None:
         items: Sequence[Item] = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, progress=progress)
     elif isinstance(calibration, str | Path):
-        items = corpus.load(tts, calibration, progress)[: recipe.n_samples]
+        items = corpus.load(tts, calibration, recipe.n_samples, progress)
     else:
         items = calibration[: recipe.n_samples]
     if not items:

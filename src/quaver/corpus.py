@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -59,10 +59,11 @@ def split_of(text: str) -> Split:
 
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """The SHA-256 of all texts, languages and codes, in hexadecimal."""
+    """The SHA-256 of all texts, languages, voice names and codes, in hexadecimal."""
     total = hashlib.sha256()
     for item in items:
-        head = [item.utterance.text, item.utterance.language, list(item.codes.shape)]
+        said = item.utterance
+        head = [said.text, said.language, said.voice.name if said.voice else said.instruct, list(item.codes.shape)]
         total.update(json.dumps(head).encode() + item.codes.to(torch.int32).contiguous().cpu().numpy().tobytes())
     return total.hexdigest()
 
@@ -88,31 +89,34 @@ def builtin(
         raise RecipeError(
             f"{tts.checkpoint.path} knows no language that quaver has {split} sentences for: give recordings"
         )
-    order = random.Random(seed)
-    order.shuffle(rows)
+    random.Random(seed).shuffle(rows)
     speakers = _speakers(tts, voices)
     utterances = []
     for index in range(n):
-        row = rows[index % len(rows)]
+        n_pass, place = divmod(index, len(rows))
+        row = rows[place]
         plain = Utterance(row["text"], row.get("language", "auto"), seed=seed + index)
-        # One voice further on each pass over the texts, so that no pair returns before all have been.
-        utterances.append(speakers(plain, row.get("voice"), index + index // len(rows)))
+        # A text has its own voice first, the next on each further pass: no pair returns before all have been.
+        own = speakers.names.get(row.get("voice", ""), place)
+        utterances.append(speakers.give(plain, own + n_pass))
     return speak(tts, utterances, progress)
 
 
-def load(tts: TTS, path: str | Path, progress: Progress | None = None) -> list[Item]:
-    """The utterances of a JSON-lines file: ``text`` and ``audio``, and optionally ``language`` and ``voice``, a row.
+def load(tts: TTS, path: str | Path, n: int | None = None, progress: Progress | None = None) -> list[Item]:
+    """The first ``n`` utterances (all, by default) of a JSON-lines file.
 
-    ``audio`` is a recording, relative to the file; its codes are made by the model's own codec. ``voice`` is what
-    TTS.voice takes; a Base model clones the recording itself where there is none.
-    Raises RecipeError for a file or row that cannot be used, by line, and what TTS.voice raises.
+    A row has ``text`` and ``audio``, and where wanted ``language``, ``voice`` and ``instruct``. ``audio`` is a
+    recording, its path relative to the file; its codes are made by the model's own codec. ``voice`` is what TTS.voice
+    takes, or a relative path; a Base model clones the recording itself where there is none.
+    Raises RecipeError for a file or row that cannot be used, by line, and what TTS.voice and TTS.prompt raise.
     """
     path = Path(path)
-    items = []
-    rows = list(_read_rows(path))
+    rows = list(_read_rows(path))[:n]
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("audio"), str):
             raise RecipeError(f'{path}, line {number}: it needs an "audio": the recording that says the text')
+    items = []
+    for number, row in enumerate(rows, 1):
         items.append(_recorded(tts, row, path.parent))
         if progress:
             progress("encoding recordings", number, len(rows))
@@ -123,10 +127,10 @@ def load(tts: TTS, path: str | Path, progress: Progress | None = None) -> list[I
 def _recorded(tts: TTS, row: dict[str, Any], folder: Path) -> Item:
     recording = audio_files.read(folder / row["audio"])
     audio_files.require_speech(recording, row["audio"])
-    samples = torch.from_numpy(audio_files.resample(recording, SAMPLE_RATE_HZ).samples)[None, None]
+    samples = torch.from_numpy(audio_files.resample(recording, SAMPLE_RATE_HZ).samples)[None]
     encoder = tts.codec.encoder
     parameter = next(encoder.parameters())
-    codes = encoder.encode(samples[:, 0].to(parameter.device, parameter.dtype))[0].T.cpu()
+    codes = encoder.encode(samples.to(parameter.device, parameter.dtype))[0].T.cpu()
     voice = None
     if row.get("voice"):
         near = folder / row["voice"]
@@ -161,20 +165,30 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _speakers(tts: TTS, voices: Sequence[Voice] | None) -> Callable[[Utterance, str | None, int], Utterance]:
-    """Who says an utterance: the voice its row names where that is known, else the one at its index."""
+@dataclass(frozen=True, slots=True)
+class _Speakers:
+    """The voices or descriptions that say the texts, in order, and the voices' places by name."""
+
+    voices: Sequence[Voice]
+    instructs: Sequence[str]
+    names: Mapping[str, int]
+
+    def give(self, plain: Utterance, index: int) -> Utterance:
+        """``plain`` in the voice ``index``, counted round and round."""
+        if self.voices:
+            return replace(plain, voice=self.voices[index % len(self.voices)])
+        return replace(plain, instruct=self.instructs[index % len(self.instructs)])
+
+
+def _speakers(tts: TTS, voices: Sequence[Voice] | None) -> _Speakers:
     if tts.config.tts_model_type == "voice_design":
-        return lambda plain, _, index: replace(plain, instruct=INSTRUCTS[index % len(INSTRUCTS)])
+        return _Speakers((), INSTRUCTS, {})
     if voices is None:
-        voices = [tts.voice(name) for name in (references() if tts.config.has_speaker_encoder else _presets(tts))]
+        presets = sorted(tts.config.talker_config.spk_id)
+        voices = [tts.voice(name) for name in (references() if tts.config.has_speaker_encoder else presets)]
     if not voices:
         raise VoiceError(f"{tts.checkpoint.path} has no voice to calibrate with: give recordings to clone")
-    chosen, named = list(voices), {voice.name: voice for voice in voices}
-    return lambda plain, name, index: replace(plain, voice=named.get(name or "", chosen[index % len(chosen)]))
-
-
-def _presets(tts: TTS) -> list[str]:
-    return sorted(tts.config.talker_config.spk_id)
+    return _Speakers(voices, (), {voice.name: index for index, voice in enumerate(voices)})
 
 
 def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None = None) -> list[Item]:
@@ -192,7 +206,10 @@ def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None =
         knobs = replace(engine.knobs, max_frames=caps[batch[-1]])
         prompts = [tts.prompt(utterances[index]) for index in batch]
         codes = engine.codes(prompts, [utterances[index].seed for index in batch], knobs)
-        items |= {index: Item(utterances[index], frames) for index, frames in zip(batch, codes, strict=True)}
+        # Cut at its own cap, not at the batch's: an item does not depend on who shares its batch.
+        items |= {
+            index: Item(utterances[index], frames[: caps[index]]) for index, frames in zip(batch, codes, strict=True)
+        }
         if progress:
             progress("speaking", len(items), len(utterances))
     return [items[index] for index in range(len(utterances))]
