@@ -93,6 +93,8 @@ def test_require_names_the_gates_that_failed_and_carries_the_report() -> None:
         (1_200_000, "", "1,200,000"),
         (3.2e-7, "", "3.2e-7"),
         (0.0, "", "0"),
+        (0.00097, "", "0.00097"),
+        (3e-7, "", "3e-7"),
         (math.nan, "nats", "not a number"),
         (math.inf, "", "infinite"),
         (1_234_567, "bytes", "1.3 MB"),
@@ -119,9 +121,9 @@ def test_json_holds_every_figure_and_no_nan() -> None:
 
 def test_markdown_tables_line_up_and_pipes_are_escaped() -> None:
     text = _report().to_markdown()
-    assert "| FAIL | KL, codebook 0 | 0.0312 nats | at least 0.04 nats |" in text
+    assert "| FAIL | KL, codebook 0 | 0.0312 nats | at least 0.04 nats | 0.028 to 0.034 nats |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(len(re.findall(r"(?<!\\)\|", line)) in (3, 5) for line in rows)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) in (3, 5, 7) for line in rows)
     table = text.split("### ")[1].splitlines()[2:6]
     # 你 and 好 take two columns each in a terminal.
     assert len({len(line) + line.count("你") + line.count("好") for line in table}) == 1
@@ -168,6 +170,18 @@ def test_bars_stand_on_zero_and_the_limit_is_drawn() -> None:
     assert bars[1][1] == pytest.approx(2 * bars[0][1], abs=0.3)
     limit = float(re.search(r'class="limit"[^>]* y1="([\d.]+)"', picture)[1])
     assert bars[1][0] < limit < bars[0][0]
+
+
+def test_a_far_limit_does_not_flatten_the_bars() -> None:
+    near, far = (svg(Plot("bar", "t", (Series("a", (2.0, 4.0)),), limit=limit)) for limit in (5.0, 500.0))
+    assert 'class="limit"' in near and 'class="limit"' not in far
+    assert svg(Plot("bar", "t", (Series("a", (2.0, 4.0)),))) == far
+
+
+def test_long_tables_are_folded() -> None:
+    rows = tuple((i, "x") for i in range(30))
+    folded = Report("t", sections=(Section("s", tables=(Table("Rows", ("n", "x"), rows),)),)).to_html()
+    assert "<summary>Rows (30 rows)</summary>" in folded
 
 
 def test_a_histogram_counts_every_finite_value() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 WIDTH, HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 46
 _N_BINS = 24
+_FAR_LIMIT = 4
 
 Kind = Literal["line", "bar", "histogram"]
 
@@ -29,8 +30,8 @@ class Series:
 class Plot:
     """What to draw. ``labels`` name the positions of a line or of bars (their indices when empty).
 
-    ``limit`` is drawn as a dashed line across: at a height, or for a histogram at a value. Values that are not finite
-    are left out.
+    ``limit`` is drawn as a dashed line across: at a height, or for a histogram at a value; not where it is so far off
+    that nothing else could be seen. Values that are not finite are left out.
     """
 
     kind: Kind
@@ -93,11 +94,17 @@ def ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
     return tuple(round(index * step, 12) for index in range(first, last + 1))
 
 
+def _near_limit(plot: Plot, values: Sequence[float] | np.ndarray) -> list[float]:
+    """The limit, if there is one worth drawing beside ``values``."""
+    if plot.limit is None or not math.isfinite(plot.limit):
+        return []
+    return [plot.limit] if abs(plot.limit) <= _FAR_LIMIT * max(abs(value) for value in values) else []
+
+
 def _heights(plot: Plot, *, from_zero: bool) -> tuple[float, ...]:
     """The ticks of the vertical axis."""
     values = [value for series in plot.series for value in series.values if math.isfinite(value)]
-    if plot.limit is not None and math.isfinite(plot.limit):
-        values.append(plot.limit)
+    values += _near_limit(plot, values)
     low, high = min(values), max(values)
     if from_zero or 0 <= low < 0.5 * high:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -140,8 +147,7 @@ def _bar(plot: Plot) -> tuple[_Frame, list[str]]:
 def _histogram(plot: Plot) -> tuple[_Frame, list[str]]:
     samples = [np.array([v for v in series.values if math.isfinite(v)]) for series in plot.series]
     every = np.concatenate(samples)
-    if plot.limit is not None:
-        every = np.append(every, plot.limit)
+    every = np.append(every, _near_limit(plot, every))
     low, high = float(every.min()), float(every.max())
     if high - low < 1e-12 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
@@ -190,7 +196,8 @@ def _x_text(x: float, label: str) -> str:
 
 
 def _limit(plot: Plot, frame: _Frame) -> list[str]:
-    if plot.limit is None or not math.isfinite(plot.limit):
+    values = [value for series in plot.series for value in series.values if math.isfinite(value)]
+    if plot.limit is None or not _near_limit(plot, values):
         return []
     tip = f"<title>limit {format_tick(plot.limit)}</title>"
     if plot.kind == "histogram":
@@ -208,6 +215,11 @@ def _tip(plot: Plot, series: Series, index: int, value: float) -> str:
 def format_tick(value: float) -> str:
     """A tick's number, short."""
     if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        mantissa, _, exponent = f"{value:.1e}".partition("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+        return scientific(value, 2)
     return f"{value:,.6g}"
+
+
+def scientific(value: float, n_digits: int) -> str:
+    """``value`` as a mantissa of at most ``n_digits`` digits and a power of ten: 3.2e-7."""
+    mantissa, _, exponent = f"{value:.{n_digits - 1}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

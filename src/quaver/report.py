@@ -21,9 +21,11 @@ from quaver import audio as audio_files
 from quaver.audio import Audio
 from quaver.checkpoint import check_new, disk_error
 from quaver.errors import GateFailed
-from quaver.plots import Plot, format_tick, legend, svg
+from quaver.plots import Plot, legend, scientific, svg
 
 Cell = str | int | float | None
+
+_LONG_TABLE = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +221,10 @@ def number(value: Cell, unit: str = "") -> str:
         return f"{tenths // 10:,}.{tenths % 10} MB"
     if isinstance(value, int) or 1000 <= abs(value) < 1e6:
         text = f"{value:,.0f}"
-    elif value == 0 or 1e-3 <= abs(value) < 1000:
+    elif value == 0 or 1e-4 <= abs(value) < 1000:
         text = f"{value:.4g}"
     else:
-        text = format_tick(value)
+        text = scientific(value, 3)
     return f"{text} {unit}".rstrip()
 
 
@@ -240,10 +242,12 @@ def _gate_table(gates: Sequence[Gate]) -> Table:
             gate.metric.name,
             number(gate.metric.value, gate.metric.unit),
             f"{gate.direction} {number(gate.limit, gate.metric.unit)}",
+            _between(gate.metric),
+            gate.metric.note,
         )
         for gate in gates
     )
-    return Table("", ("gate", "figure", "value", "limit"), rows)
+    return Table("", ("gate", "figure", "value", "limit", "interval", "note"), rows)
 
 
 def _metric_table(metrics: Sequence[Metric]) -> Table:
@@ -292,7 +296,7 @@ def _gates_html(gates: Sequence[Gate]) -> str:
     rows = []
     for gate in gates:
         state = "pass" if gate.passed else "fail"
-        note = f'<span class="note">{escape(gate.metric.note)}</span>' if gate.metric.note else ""
+        note = f'<span class="note">{_small(gate.metric)}</span>'
         rows.append(
             f'<tr class="{state}"><td><span class="mark">{state}</span></td><td>{escape(gate.metric.name)}{note}</td>'
             f'<td class="num">{escape(number(gate.metric.value, gate.metric.unit))}</td>'
@@ -317,11 +321,14 @@ def _track(gate: Gate) -> str:
     )
 
 
+def _small(metric: Metric) -> str:
+    return " · ".join(escape(part) for part in (_between(metric), metric.note) if part)
+
+
 def _tile(metric: Metric) -> str:
-    between, note = _between(metric), metric.note
-    small = " · ".join(escape(part) for part in (between, note) if part)
     exact = f' title="{metric.value:,.0f} bytes"' if metric.unit == "bytes" else ""
     value = escape(number(metric.value, metric.unit))
+    small = _small(metric)
     return f'<div class="tile"><p>{escape(metric.name)}</p><strong{exact}>{value}</strong><small>{small}</small></div>'
 
 
@@ -348,8 +355,10 @@ def _table_html(table: Table) -> str:
         "<tr>" + "".join(f"<td{s}>{escape(number(cell))}</td>" for cell, s in zip(row, styles, strict=True)) + "</tr>"
         for row in table.rows
     )
-    title = f"<h3>{escape(table.title)}</h3>" if table.title else ""
-    return f'{title}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    whole = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    if len(table.rows) > _LONG_TABLE:
+        return f"<details><summary>{escape(table.title or 'Table')} ({len(table.rows)} rows)</summary>{whole}</details>"
+    return f"<h3>{escape(table.title)}</h3>{whole}" if table.title else whole
 
 
 def _clip_html(clip: Clip) -> str:

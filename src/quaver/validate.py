@@ -1,0 +1,187 @@
+"""A candidate model held against its original on held-out speech.
+
+The original speaks texts that calibration never sees; then both models are asked about that speech frame by frame
+(teacher forcing), and the candidate speaks the same texts with the same seeds. The original runs first and what it
+answered stays in host memory, so that the two are never loaded together. Shapes: T frames, Q codebooks, V ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quaver import corpus, ledger
+from quaver.audio import Audio
+from quaver.checkpoint import Checkpoint
+from quaver.comparison import Comparison, Difference, Limits, Side, figures, sections
+from quaver.corpus import Item, Progress
+from quaver.errors import RecipeError
+from quaver.model.tts import TTS, Logits
+from quaver.report import Report
+
+_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How much to compare: held-out utterances, the seed they are spoken with, sentences to listen to, the limits."""
+
+    n_samples: int = 32
+    seed: int = 1729
+    n_clips: int = 4
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.n_samples < 1 or self.n_clips < 0:
+            raise RecipeError(f"{self.n_samples} utterances, {self.n_clips} clips: at least 1 and 0 are needed")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where models run, and who is told how far they are."""
+
+    device: str
+    dtype: torch.dtype | None
+    progress: Progress | None
+
+    def tell(self, what: str) -> Progress:
+        """The progress under one name, whatever the teller calls it."""
+        progress = self.progress
+        return lambda _, done, total: progress(what, done, total) if progress else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Opinion:
+    """Log-probabilities on one utterance: codebook 0 [T + 1, V], the stop id last, and the others [T, Q - 1, V'].
+
+    Codebook 0 is over the ids that may be sampled: what a model thinks of control ids changes no speech.
+    """
+
+    first: Tensor
+    residual: Tensor
+
+
+def validate(
+    candidate: Checkpoint,
+    source: Checkpoint,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """The report on ``candidate`` against ``source``; its ``require`` raises GateFailed when a gate failed.
+
+    Host memory: 4 bytes a frame and id, about 130 KB a frame for the published models. Raises RecipeError for models
+    that cannot be compared, and what loading and prompting raise.
+    """
+    recipe, place = recipe or Recipe(), _Place(device, dtype, progress)
+    _check_comparable(candidate, source)
+    opinions, original = _ask_original(source, recipe, place)
+    differences, changed = _ask_candidate(candidate, original.spoken, opinions, recipe, place)
+    found = Comparison(differences, original, changed, recipe.seed)
+    metrics, gates = figures(found, recipe.limits)
+    n_frames = sum(len(item.codes) for item in original.spoken)
+    return Report(
+        title=f"{candidate.path.name} against {source.path.name}",
+        summary=f"{recipe.n_samples} held-out utterances, {n_frames:,} frames, spoken by {source.path.name}.",
+        metrics=metrics,
+        gates=gates,
+        sections=sections(found, recipe.limits),
+        provenance={
+            **_lineage("candidate", candidate),
+            **_lineage("original", source),
+            "utterances": f"seed {recipe.seed}, SHA-256 {corpus.fingerprint(original.spoken)}",
+            "computed on": f"{device}, {'default types' if dtype is None else str(dtype).removeprefix('torch.')}",
+            "versions": f"quaver {metadata.version('quaver')}, torch {torch.__version__}",
+        },
+    )
+
+
+def _check_comparable(candidate: Checkpoint, source: Checkpoint) -> None:
+    """Raises RecipeError unless both models answer the same questions in the same ids."""
+    settings = [
+        {
+            "tts_model_type": checkpoint.config.tts_model_type,
+            "hidden_size": checkpoint.config.talker_config.hidden_size,
+            "vocab_size": checkpoint.config.talker_config.vocab_size,
+            "codebooks": checkpoint.config.talker_config.num_code_groups,
+            "residual vocab_size": checkpoint.config.talker_config.code_predictor_config.vocab_size,
+            "codec_eos_token_id": checkpoint.config.talker_config.codec_eos_token_id,
+        }
+        for checkpoint in (candidate, source)
+    ]
+    for name, value in settings[0].items():
+        if value != settings[1][name]:
+            raise RecipeError(
+                f"{candidate.path} and {source.path} cannot be compared: {name} is {value} and {settings[1][name]}"
+            )
+
+
+def _ask_original(source: Checkpoint, recipe: Recipe, place: _Place) -> tuple[list[_Opinion], Side]:
+    tts = TTS.load(source, device=place.device, dtype=place.dtype)
+    telling = place.tell("the original speaks")
+    spoken = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, split="held-out", progress=telling)
+    if not all(len(item.codes) for item in spoken):
+        raise RecipeError(f"{source.path} says nothing for one of its texts: there is nothing to compare with")
+    judged = _force(tts, spoken, place.tell("the original judges its speech"))
+    opinions = [_opinion(tts, logits, "cpu") for logits in judged]
+    return opinions, _side("original", tts, spoken, recipe)
+
+
+def _ask_candidate(
+    candidate: Checkpoint, spoken: Sequence[Item], opinions: Sequence[_Opinion], recipe: Recipe, place: _Place
+) -> tuple[list[Difference], Side]:
+    tts = TTS.load(candidate, device=place.device, dtype=place.dtype)
+    judged = _force(tts, spoken, place.tell("the candidate judges it"))
+    pairs = zip(opinions, judged, strict=True)
+    differences = [_difference(before, _opinion(tts, logits, place.device)) for before, logits in pairs]
+    answers = corpus.speak(tts, [item.utterance for item in spoken], place.tell("the candidate speaks"))
+    return differences, _side("candidate", tts, answers, recipe)
+
+
+def _force(tts: TTS, items: Sequence[Item], tell: Progress) -> Iterator[Logits]:
+    for start in range(0, len(items), _BATCH):
+        batch = items[start : start + _BATCH]
+        yield from tts.force([tts.prompt(item.utterance) for item in batch], [item.codes for item in batch])
+        tell("", start + len(batch), len(items))
+
+
+def _opinion(tts: TTS, logits: Logits, device: str) -> _Opinion:
+    stop_id = tts.config.talker_config.codec_eos_token_id
+    first = torch.cat((logits.talker[:, ~tts.suppressed(stop_too=True)], logits.talker[:, stop_id, None]), dim=1)
+    return _Opinion(first.log_softmax(-1).to(device), logits.residual.log_softmax(-1).to(device))
+
+
+def _difference(before: _Opinion, after: _Opinion) -> Difference:
+    first, residual = before.first.to(after.first.device), before.residual.to(after.residual.device)
+    pairs = [(first, after.first), *zip(residual.unbind(1), after.residual.unbind(1), strict=True)]
+    return Difference(
+        n_frames=np.array([len(ours) for ours, _ in pairs]),
+        kl=np.array([float((ours.exp() * (ours - theirs)).sum(-1).double().sum()) for ours, theirs in pairs]),
+        agreed=np.array([int((ours.argmax(-1) == theirs.argmax(-1)).sum()) for ours, theirs in pairs]),
+        stops=(first[:, -1].exp().cpu().numpy(), after.first[:, -1].exp().cpu().numpy()),
+    )
+
+
+@torch.inference_mode()
+def _side(name: str, tts: TTS, spoken: Sequence[Item], recipe: Recipe) -> Side:
+    rate_hz = tts.checkpoint.codec_config.output_sample_rate
+    sounds = []
+    for item in spoken[: recipe.n_clips]:
+        samples = tts.codec.decoder(item.codes.T[None].to(tts.device))[0] if len(item.codes) else torch.zeros(0)
+        sounds.append(Audio(samples.float().cpu().numpy(), rate_hz))
+    total = ledger.weigh(tts.checkpoint, device=str(tts.device)).total
+    return Side(name, spoken, sounds, total.disk_bytes, total.memory_bytes)
+
+
+def _lineage(name: str, checkpoint: Checkpoint) -> dict[str, str]:
+    """Which files ``checkpoint`` is, and what made it, as far as it says so itself."""
+    made = [f"{step.tool} {step.version}" for step in checkpoint.provenance.steps]
+    sums = {f"{name} {file}": f"SHA-256 {total}" for file, total in checkpoint.provenance.files.items()}
+    return {name: ", ".join([checkpoint.path.name, *made]), **sums}
