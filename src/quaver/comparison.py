@@ -193,8 +193,8 @@ def _chance_before(stops: np.ndarray) -> float:
 
 
 def sections(found: Comparison, limits: Limits) -> tuple[Section, ...]:
-    """The parts of the report: known speech, stopping, free speech, and what to listen to."""
-    return _forced_section(found, limits), _stop_section(found), _free_section(found), _listen_section(found)
+    """The parts of the report: what to listen to, known speech, stopping, and free speech."""
+    return _listen_section(found), _forced_section(found, limits), _stop_section(found), _free_section(found)
 
 
 def _forced_section(found: Comparison, limits: Limits) -> Section:
