@@ -47,7 +47,7 @@ def demonstrate(
         Checkpoint.open(out / "tiny-int4"), checkpoint, validate.Recipe(n_samples=16), progress=progress
     )
     report.save(out / "report")
-    tell(f"    {report.verdict()}: {out / 'report' / 'report.html'}")
+    tell(f"    {report.verdict}: {out / 'report' / 'report.html'}")
 
     voice = next(iter(references()), None)
     if voice is None:
