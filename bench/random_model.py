@@ -27,7 +27,7 @@ MERGED_WORDS = ("assistant", "user", "system")
 
 
 def random_checkpoint(out: Path, settings: Mapping[str, Any], codec_settings: Mapping[str, Any], seed: int = 0) -> Path:
-    """Writes a random checkpoint of the configurations ``settings`` and ``codec_settings`` to the new folder ``out``."""
+    """Writes a random checkpoint of the configurations to the new folder ``out`` and returns it."""
     out = check_new(out)
     config = parse(ModelConfig, dict(settings), "settings")
     codec_config = parse(CodecConfig, dict(codec_settings), "codec_settings")
@@ -60,7 +60,7 @@ def random_checkpoint(out: Path, settings: Mapping[str, Any], codec_settings: Ma
 
 
 def write_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """Writes a byte-level Qwen2 tokenizer whose only merges are the role words, special tokens at the configured ids."""
+    """Writes a byte-level Qwen2 tokenizer: the only merges are the role words, special tokens have the configured ids."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocabulary = {token: index for index, token in enumerate(sorted(ByteLevel.alphabet()))}
@@ -80,7 +80,8 @@ def write_tokenizer(folder: Path, config: ModelConfig) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     added = {
         str(index): {
-            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True
+            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+            "special": True,
         }
         for index, token in sorted(special.items())
     }  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import toy
 import torch
+
+import toy
 from quaver.model.tts import TTS
 
 torch.set_num_threads(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,17 +11,18 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import toy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import toy
 from quaver import checkpoint as module
 from quaver.checkpoint import Checkpoint, Provenance, Step, write_tensors
 from quaver.config import CodecConfig, ModelConfig, parse
 from quaver.errors import BudgetError, CheckpointError, RecipeError
 from quaver.model.tts import TTS
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 SAME = Step("identity")
 
@@ -102,7 +102,11 @@ def test_edits_chain_rename_drop_and_add(folder, tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(list(module.DTYPES.values())), st.lists(st.integers(0, 5), max_size=3)), max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(list(module.DTYPES.values())), st.lists(st.integers(0, 5), max_size=3)), max_size=8
+    )
+)
 def test_written_tensors_are_read_back(tmp_path_factory, wanted):
     path = tmp_path_factory.mktemp("w") / "x.safetensors"
     made = {f"t{i}": torch.ones(shape).to(dtype) * (i + 1) for i, (dtype, shape) in enumerate(wanted)}
@@ -163,7 +167,10 @@ def break_infinite(found):
     [
         (break_missing, r"tensor talker\.model\.layers\.1\.mlp\.up_proj\.weight is missing"),
         (break_left_over, r"tensor talker\.surprise\.weight is left over"),
-        (break_shape, r"tensor talker\.codec_head\.weight has shape \(1087, 128\), the configuration says \(1088, 128\)"),
+        (
+            break_shape,
+            r"tensor talker\.codec_head\.weight has shape \(1087, 128\), the configuration says \(1088, 128\)",
+        ),
         (break_nan, r"tensor talker\.text_projection\.linear_fc1\.bias has 1 values that are NaN"),
         (break_infinite, r"tensor talker\.model\.codec_embedding\.weight has 1 values that are NaN or infinite"),
     ],
@@ -285,7 +292,9 @@ def test_output_places(folder, tmp_path):
         Checkpoint.open(folder).save(tmp_path / "nowhere" / "out")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()]
+)
 def test_a_failure_half_way_leaves_nothing(folder, tmp_path, error):
     left = tmp_path / "target"
     left.mkdir()
@@ -322,7 +331,7 @@ def test_a_full_disk_is_told(folder, tmp_path):
 
 
 def test_loading_the_largest_model_stays_small(tmp_path):
-    """The 1.7B opens in at most its size plus 1 GB of resident memory; sparse files of zeros stand in for its weights."""
+    """The 1.7B opens in its size plus 1 GB of resident memory at most; sparse files of zeros stand in for weights."""
     from quaver.model.codec_encoder import Codec
     from quaver.model.tts import shapes
     from random_model import write_tokenizer
@@ -337,7 +346,9 @@ def test_loading_the_largest_model_stays_small(tmp_path):
     config = parse(ModelConfig, settings, "1.7b")
     write_tokenizer(folder, config)
     with torch.device("meta"):
-        codec = {name: tuple(v.shape) for name, v in Codec(parse(CodecConfig, codec_settings, "c")).state_dict().items()}
+        codec = {
+            name: tuple(v.shape) for name, v in Codec(parse(CodecConfig, codec_settings, "c")).state_dict().items()
+        }
     size = sparse(folder / "model.safetensors", shapes(config), "BF16", 2)
     assert size == 3_857_354_880
     sparse(folder / "speech_tokenizer" / "model.safetensors", codec, "F32", 4)
@@ -380,7 +391,7 @@ def test_provenance_faults(folder):
 
 def test_umask_is_kept_readable(folder, tmp_path):
     saved = Checkpoint.open(folder).save(tmp_path / "out")
-    assert os.stat(saved.path).st_mode & 0o777 == 0o755
+    assert saved.path.stat().st_mode & 0o777 == 0o755
 
 
 def test_toy_kinds_load(tmp_path):

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import toy
 import torch
+
+import toy
 from quaver.checkpoint import Checkpoint, Step
 from quaver.engine import ENDED, Engine, Knobs
 from quaver.errors import RecipeError, VoiceError
@@ -59,7 +60,9 @@ def test_a_seed_fixes_the_codes_and_a_knob_changes_them(engine):
 
 
 def test_a_row_does_not_depend_on_the_batch(engine):
-    prompts = [engine.tts.prompt(replace(HELLO, text=text)) for text in ("One.", "Quite a bit longer than one.", "Two!")]
+    prompts = [
+        engine.tts.prompt(replace(HELLO, text=text)) for text in ("One.", "Quite a bit longer than one.", "Two!")
+    ]
     together = engine.codes(prompts, [7, 8, 9], SHORT)
     for prompt, seed, codes in zip(prompts, [7, 8, 9], together, strict=True):
         assert torch.equal(engine.codes([prompt], [seed], SHORT)[0], codes)
@@ -136,8 +139,16 @@ def test_sentences_have_seeds_of_their_own(engine):
         ({"voice": None}, VoiceError, "speaks in a cloned voice only"),
         ({"voice": Voice(name="p", preset="anna")}, VoiceError, "has no speaker vector"),
         ({"voice": Voice(name="w", speaker=torch.ones(7))}, VoiceError, "has 7 values, this model's have 128"),
-        ({"voice": Voice(name="c", speaker=SPEAKER, codes=torch.full((2, 16), 64), text="a")}, VoiceError, "codes above"),
-        ({"voice": Voice(name="c", speaker=SPEAKER, codes=torch.ones(2, 8).long(), text="a")}, VoiceError, "8 codebooks"),
+        (
+            {"voice": Voice(name="c", speaker=SPEAKER, codes=torch.full((2, 16), 64), text="a")},
+            VoiceError,
+            "codes above",
+        ),
+        (
+            {"voice": Voice(name="c", speaker=SPEAKER, codes=torch.ones(2, 8).long(), text="a")},
+            VoiceError,
+            "8 codebooks",
+        ),
         ({"instruct": "Louder"}, RecipeError, "takes no instruction"),
         ({"layout": "sideways"}, RecipeError, "layout 'sideways'"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quaver.errors import RecipeError
 from quaver.sampling import Sampling, distribution, draw, uniforms
 
@@ -71,7 +72,8 @@ def test_knobs_matter_and_bans_hold():
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"penalty": 0}]
+    "knobs",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"penalty": 0}],
 )
 def test_knobs_out_of_range(knobs):
     name = next(iter(knobs))

@@ -216,7 +216,9 @@ class Checkpoint:
             if not (self.path / name).is_file():
                 raise CheckpointError(f"{self.path / name} is missing, though provenance.json lists it")
             if sha256(self.path / name) != expected:
-                raise CheckpointError(f"{self.path / name} differs from the SHA-256 in provenance.json: changed or damaged")
+                raise CheckpointError(
+                    f"{self.path / name} differs from the SHA-256 in provenance.json: changed or damaged"
+                )
 
 
 def resolve(source: str | Path) -> Path:
@@ -241,7 +243,9 @@ def resolve(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{source} is no folder here and could not be downloaded from the hub: {first}") from error
+        raise CheckpointError(
+            f"{source} is no folder here and could not be downloaded from the hub: {first}"
+        ) from error
 
 
 def _codec_folder(path: Path, codec: str | Path | None) -> Path:
@@ -292,7 +296,9 @@ def _read_specs(folder: Path) -> dict[str, Spec]:
                     raise CheckpointError(f"{file}: tensor {name} is in {specs[name].file.name} as well")
                 part = weights.get_slice(name)
                 if part.get_dtype() not in DTYPES:
-                    raise CheckpointError(f"{file}: tensor {name} has type {part.get_dtype()}, which quaver does not read")
+                    raise CheckpointError(
+                        f"{file}: tensor {name} has type {part.get_dtype()}, which quaver does not read"
+                    )
                 specs[name] = Spec(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
     if index is not None and index.keys() != specs.keys():
         name = min(index.keys() ^ specs.keys())
@@ -311,7 +317,7 @@ def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
 def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected: int) -> str:
     """Writes a safetensors file tensor by tensor and returns its SHA-256.
 
-    The header's size must be known before the data: room for it is reserved and filled with spaces, as the format allows.
+    The header stands before the data and is known after it: room is reserved and filled with spaces, as the format allows.
     """
     room = 8 + 256 * (4 * n_expected + 64)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -359,7 +365,9 @@ def check_new(out: str | Path) -> Path:
     if out.exists():
         raise RecipeError(f"{out} exists already: name a new folder, or remove it first")
     if not out.parent.is_dir():
-        raise RecipeError(f"the folder {out.parent} does not exist: make it first, or name another place for {out.name}")
+        raise RecipeError(
+            f"the folder {out.parent} does not exist: make it first, or name another place for {out.name}"
+        )
     return out
 
 

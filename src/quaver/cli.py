@@ -1,6 +1,6 @@
 """The command line: one verb a command, ``quaver VERB SOURCE [-o OUT] [--json]``.
 
-Exit codes: 0 done, 1 a validation gate failed, 2 anything else that quaver explains (on one line of stderr), 130 Ctrl-C.
+Exit codes: 0 done, 1 a validation gate failed, 2 anything else that quaver explains (on one line), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ from quaver.voice import Voice
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class Progress:
-    """A line on stderr that tells what is being done and how far it is; silent where stderr is no terminal but for ends."""
+    """A line on stderr that tells what is being done and how far it is; without a terminal, only when it is done."""
 
     def __init__(self) -> None:
         self._start, self._what = time.perf_counter(), ""
@@ -51,14 +56,15 @@ class Progress:
 
 
 def _model_options(command: F) -> F:
-    for option in (
-        click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not in the model's folder."),
+    options: tuple[Callable[[F], F], ...] = (
+        click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not with the model."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option(
             "--dtype", type=click.Choice(list(DTYPES)), default="auto", show_default=True,
             help="Type of the floats; auto: as stored, but float32 on a CPU for models under 1 GB.",
         ),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for option in options:
         command = option(command)
     return command
 
@@ -80,7 +86,9 @@ def cli() -> None:
 @click.argument("source")
 @click.argument("text")
 @click.option("-o", "--out", required=True, help="The audio file to write (.wav, .flac, .ogg); - is raw PCM on stdout.")
-@click.option("--voice", help="A recording, a voice file (.safetensors), a preset, or a reference that ships with quaver.")
+@click.option(
+    "--voice", help="A recording, a voice file (.safetensors), a preset, or a reference that ships with quaver."
+)
 @click.option("--voice-text", help="What the recording says: clones in context, nearer to the speaker.")
 @click.option("--language", default="auto", show_default=True, help="The language of the text.")
 @click.option("--instruct", help="How to speak, in words (CustomVoice 1.7B, VoiceDesign).")
@@ -102,7 +110,7 @@ def say(
 ) -> None:  # fmt: skip
     """Speak TEXT (- reads it from standard input) with the model SOURCE."""
     if text == "-":
-        text = click.get_text_stream("stdin").read()
+        text = sys.stdin.read()
     if out != "-":
         check_output(Path(out))
     tts = TTS.load(source, codec=codec, device=device, dtype=DTYPES[dtype])
@@ -116,7 +124,8 @@ def say(
         return
     where = "standard output" if out == "-" else out
     click.echo(
-        f"{where}: {result['seconds']:.2f} s of speech in {result['wall_s']:.2f} s, {result['x_real_time']:.2f} x real time, "
+        f"{where}: {result['seconds']:.2f} s of speech in {result['wall_s']:.2f} s, "
+        f"{result['x_real_time']:.2f} x real time, "
         f"first sound after {result['first_audio_s'] * 1000:.0f} ms, {', '.join(result['finish_reasons'])}",
         err=True,
     )
@@ -152,7 +161,7 @@ def _speak_to(out: str, engine: Engine, utterance: Utterance, knobs: Knobs, *, c
     start = time.perf_counter()
     first_audio_s = 0.0
     chunks: list[Chunk] = []
-    raw = click.get_binary_stream("stdout") if out == "-" else None
+    raw = sys.stdout.buffer if out == "-" else None
     for chunk in engine.speak(utterance, knobs, chunk_frames=chunk_frames):
         if not chunks:
             first_audio_s = time.perf_counter() - start
@@ -182,7 +191,9 @@ def _write_pcm(raw: IO[bytes], piece: Audio) -> None:
 @cli.command()
 @click.argument("source")
 @click.argument("recording", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The voice file to write (.safetensors).")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The voice file to write (.safetensors)."
+)
 @click.option("--text", help="What the recording says: the voice then clones in context, nearer to the speaker.")
 @click.option("--name", help="The voice's name. Default: the recording's.")
 @_model_options
@@ -216,7 +227,11 @@ def _print_voice(made: Voice, out: Path, *, as_json: bool) -> None:
 @click.option("--samples", type=int, default=128, show_default=True, help="Calibration utterances.")
 @click.option("--positions", type=int, default=512, show_default=True, help="Cut each utterance at so many positions.")
 @click.option("--seed", type=int, default=1729, show_default=True)
-@click.option("--calibration", type=click.Path(path_type=Path), help="Your own utterances: a JSONL of text, audio, language, voice.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Your own utterances: a JSONL of text, audio, language, voice.",
+)
 @_model_options
 @_json_option
 def quantize(
@@ -239,7 +254,9 @@ def quantize(
 @cli.command(name="validate")
 @click.argument("candidate")
 @click.option("--against", required=True, metavar="SOURCE", help="The original model.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="A new folder for report.html, report.md and report.json.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="A new folder for report.html, report.md and report.json."
+)
 @click.option("--samples", type=int, default=32, show_default=True, help="Held-out utterances.")
 @click.option("--seed", type=int, default=1729, show_default=True)
 @_model_options

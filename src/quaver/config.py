@@ -134,7 +134,13 @@ class AwqConfig:
     zero_point: bool = True
 
     FIXED: typing.ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType(
-        {"quant_method": ("awq",), "version": ("gemm", "GEMM"), "bits": (4,), "group_size": (128,), "zero_point": (True,)}
+        {
+            "quant_method": ("awq",),
+            "version": ("gemm", "GEMM"),
+            "bits": (4,),
+            "group_size": (128,),
+            "zero_point": (True,),
+        }
     )
 
 
@@ -276,7 +282,9 @@ def parse(cls: type[C], value: object, where: str) -> C:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, given in value.items():
         if key in fixed:
-            if not any(given == allowed and isinstance(given, bool) == isinstance(allowed, bool) for allowed in fixed[key]):
+            if not any(
+                given == allowed and isinstance(given, bool) == isinstance(allowed, bool) for allowed in fixed[key]
+            ):
                 allowed_text = " or ".join(repr(allowed) for allowed in fixed[key])
                 raise CheckpointError(f"{where}: {key} is {given!r}; quaver implements {allowed_text} only")
         elif key not in fields and key not in unused and key not in _INERT:

@@ -84,7 +84,7 @@ def builtin(
     ship with quaver, the model's presets, or descriptions. Where ``n`` exceeds the texts they return in other voices.
     Raises RecipeError when there is no text, VoiceError when there is no voice.
     """
-    rows = [row for row in _sentences(tts) if split_of(row["text"]) == split]
+    rows = [row for row in sentences(tts) if split_of(row["text"]) == split]
     if not rows:
         raise RecipeError(
             f"{tts.checkpoint.path} knows no language that quaver has {split} sentences for: give recordings"
@@ -142,7 +142,7 @@ def _recorded(tts: TTS, row: dict[str, Any], folder: Path) -> Item:
     return Item(utterance, codes)
 
 
-def _sentences(tts: TTS) -> list[dict[str, Any]]:
+def sentences(tts: TTS) -> list[dict[str, Any]]:
     """The rows that the model can say."""
     own = tts.checkpoint.path / SENTENCES
     shipped = Path(str(resources.files("quaver"))) / "data" / SENTENCES

@@ -12,7 +12,6 @@ from typing import Any
 from quaver import audio, awq, corpus, validate
 from quaver.checkpoint import Checkpoint, check_new
 from quaver.engine import Engine
-from quaver.errors import RecipeError
 from quaver.model.tts import TTS, Utterance, references
 
 MODEL = "tiny"
@@ -22,7 +21,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def demonstrate(
-    out: Path, *, text: str | None = None, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None
+    out: Path,
+    *,
+    text: str | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Figures of the demo; leaves in the folder ``out`` the INT4 model, the report, and the voice before and after.
 
@@ -34,7 +37,11 @@ def demonstrate(
         shutil.rmtree(out)
     check_new(out)
     checkpoint = Checkpoint.open(MODEL)
-    text = text if text is not None else corpus.known_sentences(checkpoint)[0].text
+    original = TTS.load(checkpoint)
+    known = corpus.sentences(original)[0]
+    voice = known.get("voice", next(iter(references())))
+    text = text if text is not None else known["text"]
+    original.prompt(Utterance(text, "english", original.voice(voice)))
     out.mkdir()
     (out / _RESULT).write_text("{}\n")
 
@@ -49,13 +56,9 @@ def demonstrate(
     report.save(out / "report")
     tell(f"    {report.verdict}: {out / 'report' / 'report.html'}")
 
-    voice = next(iter(references()), None)
-    if voice is None:
-        raise RecipeError("no reference recording ships with this installation: reinstall quaver")
     tell(f"3/3 say {text!r} in the voice of the recording {voice}")
     spoken = {}
-    for name, source in (("original", checkpoint), ("int4", Checkpoint.open(out / "tiny-int4"))):
-        tts = TTS.load(source)
+    for name, tts in (("original", original), ("int4", TTS.load(out / "tiny-int4"))):
         speech = Engine(tts).say(Utterance(text, "english", tts.voice(voice)))
         path = out / f"{name}.wav"
         audio.write(path, speech.audio)

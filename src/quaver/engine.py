@@ -81,9 +81,7 @@ class Engine:
         return Knobs(defaults.sampling, defaults.residual, defaults.max_frames)
 
     @torch.inference_mode()
-    def frames(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None
-    ) -> Iterator[Tensor]:
+    def frames(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> Iterator[Tensor]:
         """Frames of codes [B, Q], one a step, until every row has stopped; a stopped row has ENDED in each code.
 
         A row's codes depend on its own prompt and seed alone, whoever shares the batch (but for float rounding).
@@ -163,8 +161,7 @@ class Engine:
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         gap = np.zeros(round(_GAP_S * rate_hz), np.float32)
         for index, (part, prompt) in enumerate(zip(parts, prompts, strict=True)):
-            for chunk in self._sentence(part, prompt, knobs, chunk_frames):
-                yield chunk
+            yield from self._sentence(part, prompt, knobs, chunk_frames)
             if index + 1 < len(parts):
                 yield Chunk(Audio(gap, rate_hz), 0)
 

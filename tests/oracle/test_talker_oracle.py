@@ -9,8 +9,9 @@ from pathlib import Path
 
 import official
 import pytest
-import toy
 import torch
+
+import toy
 from quaver.checkpoint import Checkpoint, Step
 from quaver.config import ModelConfig, parse
 from quaver.engine import Engine, Knobs
@@ -67,12 +68,15 @@ def official_codes(model, folder, utterance, max_frames=N_FRAMES, others=()):
         official.ids(folder, f"<|im_start|>assistant\n{voice.text}<|im_end|>\n") if voice and voice.text else None
         for voice in voices
     ]
-    instruct = [official.ids(folder, f"<|im_start|>user\n{r.instruct}<|im_end|>\n") if r.instruct else None for r in rows]
+    instruct = [
+        official.ids(folder, f"<|im_start|>user\n{r.instruct}<|im_end|>\n") if r.instruct else None for r in rows
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         codes, hidden = model.generate(
             input_ids=[
-                official.ids(folder, f"<|im_start|>assistant\n{r.text}<|im_end|>\n<|im_start|>assistant\n") for r in rows
+                official.ids(folder, f"<|im_start|>assistant\n{r.text}<|im_end|>\n<|im_start|>assistant\n")
+                for r in rows
             ],
             instruct_ids=instruct,
             ref_ids=ref_ids,
@@ -95,7 +99,9 @@ def voice_of(kind: str, seed: int = 3) -> Voice | None:
     return {
         "xvector": Voice(name="x", speaker=speaker),
         "icl": Voice(name="icl", speaker=speaker, codes=codes, text="What the reference says."),
-        "long icl": Voice(name="icl", speaker=speaker, codes=codes[:4], text="A reference text longer than its speech."),
+        "long icl": Voice(
+            name="icl", speaker=speaker, codes=codes[:4], text="A reference text longer than its speech."
+        ),
         "preset": Voice(name="anna", preset="anna"),
         "dialect": Voice(name="dylan", preset="dylan"),
     }.get(kind)
@@ -218,7 +224,13 @@ def test_rotary_axes_carry_one_position(pairs):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), Sampling(0.5, 0, 0.9, 1.3), Sampling(1.7, 20, 0.5, 1.0), Sampling(0.9, 50, 1.0, 1.05), Sampling(1.0, 3, 0.01)],
+    [
+        Sampling(),
+        Sampling(0.5, 0, 0.9, 1.3),
+        Sampling(1.7, 20, 0.5, 1.0),
+        Sampling(0.9, 50, 1.0, 1.05),
+        Sampling(1.0, 3, 0.01),
+    ],
 )
 @pytest.mark.parametrize("frame", [0, 1, 2, 30])
 def test_probabilities_equal_those_of_the_official_processors(pairs, sampling, frame):

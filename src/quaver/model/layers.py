@@ -20,7 +20,7 @@ from quaver.config import DecoderConfig
 class Group:
     """Linears of one layer that read the same input, and the module whose output channels feed them.
 
-    ``before`` is what absorbs their input scale: a norm (per channel), or a linear whose output rows are those channels.
+    ``before`` absorbs their input scale: a norm (per channel), or a linear whose output rows are those channels.
     """
 
     name: str
@@ -47,7 +47,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
+        if x.is_cuda:
+            normed = F.rms_norm(wide, x.shape[-1:], eps=self.eps)
+        else:
+            # On a CPU the library's norm is a dozen small operators, half of a small model's step.
+            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,8 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+        everywhere = torch.arange(capacity, device=like.device)[None]
+        self._rotary = Rotary.at(everywhere, config.head_dim, config.rope_theta, like.dtype)
         self._rows = torch.arange(batch, device=like.device)
         self._longest = 0
         self._even = True
@@ -93,6 +100,14 @@ class KVCache:
     def positions(self, n: int) -> Tensor:
         """The next ``n`` positions of each row, [B, n]."""
         return self.lengths[:, None] + torch.arange(n, device=self.lengths.device)
+
+    def rotary(self, n: int) -> Rotary:
+        """The rotary tables of the next ``n`` positions of each row."""
+        if self._even:
+            new = slice(self._longest, self._longest + n)
+            return Rotary(self._rotary.cos[:, :, new], self._rotary.sin[:, :, new])
+        at = self.positions(n)
+        return Rotary(self._rotary.cos[0, 0][at][:, None], self._rotary.sin[0, 0][at][:, None])
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores [B, H, n, d] at each row's next positions and returns all keys and values up to the longest row."""
@@ -206,10 +221,9 @@ class Decoder(nn.Module):
         """
         n = x.shape[1]
         if cache is None:
-            positions, mask = torch.arange(n, device=x.device)[None], None
+            rotary, mask = self.rotary(torch.arange(n, device=x.device)[None], x.dtype), None
         else:
-            positions, mask = cache.positions(n), cache.mask(n)
-        rotary = self.rotary(positions, x.dtype)
+            rotary, mask = cache.rotary(n), cache.mask(n)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, cache, index, mask)
         if cache is not None:

@@ -85,7 +85,7 @@ class Defaults:
 
 
 class Model(nn.Module):
-    """The modules of ``model.safetensors``, under their checkpoint names, with INT4 linears where they are quantized."""
+    """The modules of ``model.safetensors`` under their checkpoint names, with INT4 linears where it is quantized."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class TTS:
         encoder = self.model.speaker_encoder
         if encoder is None:
             raise VoiceError(
-                f"{self.checkpoint.path.name} is a {self.config.tts_model_type} model and cannot clone: use a Base model"
+                f"{self.checkpoint.path.name} is a {self.config.tts_model_type} model, which cannot clone: use a Base model"
             )
         audio_files.require_speech(audio, name)
         samples = torch.from_numpy(audio_files.resample(audio, speaker_encoder.SAMPLE_RATE_HZ).samples)[None]
@@ -190,7 +190,9 @@ class TTS:
         if str(source) in shipped and self.config.has_speaker_encoder:
             return self.enroll(audio_files.read(shipped[str(source)]), text=text, name=str(source))
         known = sorted(presets) or (sorted(shipped) if self.config.has_speaker_encoder else [])
-        raise VoiceError(f"{source} is no recording, no voice file and no voice known here ({', '.join(known) or 'none'})")
+        raise VoiceError(
+            f"{source} is no recording, no voice file and no voice known here ({', '.join(known) or 'none'})"
+        )
 
     @torch.inference_mode()
     def prompt(self, utterance: Utterance) -> Prompt:
@@ -206,7 +208,7 @@ class TTS:
         role, text = self._text(ids[:3]), self._text(ids[3:-5])
         bos, eos, pad = self._text(
             [self.config.tts_bos_token_id, self.config.tts_eos_token_id, self.config.tts_pad_token_id]
-        ).split(1)
+        ).chunk(3)
 
         language = self._language_id(utterance)
         if language is None:
@@ -280,7 +282,7 @@ class TTS:
         presets = ", ".join(sorted(self.config.talker_config.spk_id))
         if utterance.language.lower() not in self.config.languages:
             raise RecipeError(
-                f"language {utterance.language!r} is unknown to this model: it speaks {', '.join(self.config.languages)}"
+                f"language {utterance.language!r} is unknown: this model speaks {', '.join(self.config.languages)}"
             )
         if utterance.layout not in ("stream", "whole"):
             raise RecipeError(f"layout {utterance.layout!r} is neither 'stream' nor 'whole'")
@@ -296,17 +298,23 @@ class TTS:
                 )
             n_codebooks = self.config.talker_config.num_code_groups
             if voice.codes is not None and voice.codes.shape[1] != n_codebooks:
-                raise VoiceError(f"the voice {voice.name} has {voice.codes.shape[1]} codebooks, this model {n_codebooks}")
+                raise VoiceError(
+                    f"the voice {voice.name} has {voice.codes.shape[1]} codebooks, this model {n_codebooks}"
+                )
             n_codes = self.config.talker_config.code_predictor_config.vocab_size
             if voice.codes is not None and int(voice.codes.max()) >= n_codes:
-                raise VoiceError(f"the voice {voice.name} has codes above this model's {n_codes}: enrol the recording again")
+                raise VoiceError(
+                    f"the voice {voice.name} has codes above this model's {n_codes}: enrol the recording again"
+                )
         elif kind == "custom_voice":
             if voice is None or voice.preset not in self.config.talker_config.spk_id:
                 raise VoiceError(f"this CustomVoice model speaks in a preset voice only: one of {presets}")
         elif voice is not None:
             raise VoiceError("this VoiceDesign model takes no voice: describe one with --instruct")
         if utterance.instruct and (kind == "base" or (kind == "custom_voice" and self.config.tts_model_size == "0b6")):
-            raise RecipeError(f"this {kind} {self.config.tts_model_size} model takes no instruction: leave --instruct out")
+            raise RecipeError(
+                f"this {kind} {self.config.tts_model_size} model takes no instruction: leave --instruct out"
+            )
 
     def _language_id(self, utterance: Utterance) -> int | None:
         """The language tag, or None for "auto"; a preset that speaks a dialect brings its own."""
@@ -351,7 +359,7 @@ def memory_bytes(checkpoint: Checkpoint, device: str | torch.device) -> dict[str
 
 
 def _default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype | None:
-    """Float32 for a small unquantized model on a CPU; else as stored, which is what PyTorch's int4 operator is fast in."""
+    """Float32 for a small unquantized model on a CPU; else as stored, in which PyTorch's int4 operator is fast."""
     if device.type != "cpu" or checkpoint.config.quantization_config is not None:
         return None
     n_values = sum(spec.n_elements for spec in checkpoint.specs.values())
@@ -362,9 +370,7 @@ def _codec_dtype(device: torch.device) -> torch.dtype | None:
     return torch.float32 if device.type == "cpu" else None
 
 
-def _fill(
-    module: nn.Module, tensors: Any, where: str, device: torch.device, dtype: torch.dtype | None
-) -> None:
+def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dtype: torch.dtype | None) -> None:
     """Gives every parameter and buffer of the meta-device ``module`` its tensor. Raises CheckpointError."""
     wanted = module.state_dict()
     missing = dict.fromkeys(wanted)
@@ -373,7 +379,8 @@ def _fill(
             raise CheckpointError(f"{where}: tensor {name} is left over: this architecture has none of that name")
         if stored.shape != wanted[name].shape:
             raise CheckpointError(
-                f"{where}: tensor {name} has shape {tuple(stored.shape)}, the configuration says {tuple(wanted[name].shape)}"
+                f"{where}: tensor {name} has shape {tuple(stored.shape)}, "
+                f"the configuration says {tuple(wanted[name].shape)}"
             )
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
@@ -402,8 +409,9 @@ def _check_finite(tensor: Tensor, name: str, where: str) -> None:
     # Integer arithmetic on parts: several times faster than isfinite, and without a second copy of a large tensor.
     integers, ones = _EXPONENT_ONES[tensor.dtype]
     n_bad = 0
-    for part in tensor.reshape(-1).view(integers).split(1 << 20):
-        exponents = part & ones
+    bits = tensor.reshape(-1).view(integers)
+    for start in range(0, len(bits), 1 << 20):
+        exponents = bits[start : start + (1 << 20)] & ones
         if int(exponents.max()) == ones:
             n_bad += int((exponents == ones).sum())
     if n_bad:
