@@ -14,7 +14,7 @@ FLOORS = (
     ("sampling", "int4", "model"),
     ("kernels", "engine"),
     ("ledger", "corpus", "awq", "awq_search", "comparison", "validate"),
-    ("demo", "cli"),
+    ("demo", "cli", "__main__"),
 )
 
 

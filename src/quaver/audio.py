@@ -65,8 +65,7 @@ def encode(audio: Audio, suffix: str = ".wav") -> bytes:
 
     Raises RecipeError for another suffix, AudioError for NaN or infinite samples.
     """
-    if suffix.lower() not in _FORMATS:
-        raise RecipeError(f"audio cannot be written as {suffix or 'a file without suffix'}: use {', '.join(_FORMATS)}")
+    _require_format(suffix)
     _require_finite(audio.samples, "the audio to write")
     kind, subtype = _FORMATS[suffix.lower()]
     out = io.BytesIO()
@@ -74,12 +73,19 @@ def encode(audio: Audio, suffix: str = ".wav") -> bytes:
     return out.getvalue()
 
 
+def check_target(path: Path | str) -> Path:
+    """``path`` as that of an audio file that can be written. Raises RecipeError for its folder or its suffix."""
+    path = check_output(path)
+    _require_format(path.suffix)
+    return path
+
+
 def write(path: Path | str, audio: Audio) -> None:
     """Writes ``audio`` to ``path`` in the format of its suffix (see :func:`encode`), whole or not at all.
 
     Raises RecipeError, AudioError, and BudgetError when the disk is full.
     """
-    path = check_output(path)
+    path = check_target(path)
     write_file(path, encode(audio, path.suffix))
 
 
@@ -104,6 +110,11 @@ def require_speech(audio: Audio, where: str) -> None:
     # The loudest twentieth of a second counts, without its mean: pauses are normal and an offset is not a sound.
     if windows.std(axis=1).max() < _SILENCE_RMS:
         raise AudioError(f"{where} is silent (nothing above -60 dB of full scale): give a recording of speech")
+
+
+def _require_format(suffix: str) -> None:
+    if suffix.lower() not in _FORMATS:
+        raise RecipeError(f"audio cannot be written as {suffix or 'a file without suffix'}: use {', '.join(_FORMATS)}")
 
 
 def _require_finite(samples: np.ndarray, where: str) -> None:

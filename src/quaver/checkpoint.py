@@ -317,7 +317,8 @@ def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
 def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected: int) -> str:
     """Writes a safetensors file tensor by tensor and returns its SHA-256.
 
-    The header stands before the data and is known after it: room is reserved and filled with spaces, as the format allows.
+    The header stands before the data but is known after it: room is kept and filled with spaces, as the format
+    allows.
     """
     room = 8 + 256 * (4 * n_expected + 64)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

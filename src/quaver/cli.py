@@ -23,7 +23,6 @@ from quaver.checkpoint import Checkpoint, check_new
 from quaver.demo import demonstrate
 from quaver.engine import Chunk, Engine, Knobs
 from quaver.errors import BudgetError, GateFailed, QuaverError, RecipeError
-from quaver.files import check_output
 from quaver.model.tts import TTS, Utterance
 from quaver.sampling import Sampling
 from quaver.voice import Voice
@@ -112,7 +111,7 @@ def say(
     if text == "-":
         text = sys.stdin.read()
     if out != "-":
-        check_output(Path(out))
+        audio.check_target(out)
     tts = TTS.load(source, codec=codec, device=device, dtype=DTYPES[dtype])
     engine = Engine(tts)
     knobs = _knobs(engine, temperature, top_k, top_p, penalty, max_seconds)

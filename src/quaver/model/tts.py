@@ -159,7 +159,7 @@ class TTS:
         encoder = self.model.speaker_encoder
         if encoder is None:
             raise VoiceError(
-                f"{self.checkpoint.path.name} is a {self.config.tts_model_type} model, which cannot clone: use a Base model"
+                f"{self.checkpoint.path.name} is a {self.config.tts_model_type} model: it cannot clone, Base models can"
             )
         audio_files.require_speech(audio, name)
         samples = torch.from_numpy(audio_files.resample(audio, speaker_encoder.SAMPLE_RATE_HZ).samples)[None]

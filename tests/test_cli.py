@@ -1,0 +1,236 @@
+"""The doors: every verb on a toy, and what each does with bad input. Nothing is written when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+import toy
+from quaver import audio, cli
+from quaver.audio import Audio
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory):
+    """Two seconds of something speech-like: noise whose loudness goes up and down, 16 kHz, stereo."""
+    rng = np.random.default_rng(0)
+    loudness = np.abs(np.sin(np.arange(32000) / 4000))[:, None]
+    path = tmp_path_factory.mktemp("recording") / "ref.wav"
+    soundfile.write(path, rng.standard_normal((32000, 2)) * 0.1 * loudness, 16000)
+    return path
+
+
+def run(capsys, *arguments):
+    """The exit code, stdout and stderr of a command line."""
+    code = cli.run([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_say_voice_and_json(capsys, toy_folder, recording, tmp_path):
+    out, voice = tmp_path / "out.wav", tmp_path / "ref.safetensors"
+    code, text, _ = run(
+        capsys, "voice", toy_folder, recording, "-o", voice, "--text", "What it says.", "--name", "Ann", "--json"
+    )
+    assert code == 0
+    assert json.loads(text) == {"out": str(voice), "name": "Ann", "n_frames": 25, "bytes": voice.stat().st_size}
+    assert voice.stat().st_size < 4096
+    spoken = ("say", toy_folder, "Hello there.", "--voice", voice, "-o", out, "--max-seconds", "0.8")
+    code, text, _ = run(capsys, *spoken, "--json", "--language", "english", "--seed", "4")
+    assert code == 0
+    told = json.loads(text)
+    found = audio.read(out)
+    assert found.rate_hz == 24000
+    assert abs(told["seconds"] - found.seconds) < 1e-4
+    assert told["n_frames"] * 1920 == len(found.samples)
+    code, _, told = run(capsys, *spoken)
+    assert code == 0
+    assert "x real time" in told
+
+
+def test_the_same_seed_writes_the_same_samples_streamed_or_not(capsys, toy_folder, recording, tmp_path):
+    for name, more in (("a", ()), ("b", ("--stream",)), ("c", ("--seed", "9"))):
+        spoken = ("say", toy_folder, "Hello.", "--voice", recording, "-o", tmp_path / f"{name}.wav")
+        assert run(capsys, *spoken, "--max-seconds", "0.8", *more)[0] == 0
+    a, b, c = (audio.read(tmp_path / f"{name}.wav").samples for name in "abc")
+    assert np.abs(a - b).max() <= 2 / 32768
+    assert np.abs(a - c).max() > 0.001
+
+
+def test_raw_samples_on_stdout(toy_folder, recording):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "quaver",
+            "say",
+            toy_folder,
+            "-",
+            "--voice",
+            recording,
+            "-o",
+            "-",
+            "--max-seconds",
+            "0.4",
+        ],
+        input=b"Hello.",
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) == 2 * 5 * 1920 or len(done.stdout) % (2 * 1920) == 0
+    assert np.frombuffer(done.stdout, "<i2").std() > 0
+
+
+def test_info(capsys, toy_folder):
+    code, text, _ = run(capsys, "info", toy_folder, "--json")
+    assert code == 0
+    told = json.loads(text)
+    on_disk = sum((toy_folder / f).stat().st_size for f in ("model.safetensors", "speech_tokenizer/model.safetensors"))
+    assert told["file_bytes"] == on_disk
+    assert told["total"]["disk_bytes"] < on_disk
+    assert sum(entry["n_parameters"] for entry in told["entries"]) == told["total"]["n_parameters"]
+    assert {entry["name"] for entry in told["entries"]} >= {"talker layers", "predictor heads", "codec decoder"}
+    code, text, _ = run(capsys, "info", toy_folder)
+    assert "talker layers" in text
+    assert run(capsys, "info", toy_folder, "--verify")[0] == 2
+
+
+def test_quantize_then_say_and_validate(capsys, toy_folder, recording, tmp_path):
+    rows = [{"text": f"Sentence number {n}.", "audio": str(recording)} for n in range(3)]
+    (tmp_path / "calibration.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    int4 = tmp_path / "int4"
+    code, text, _ = run(
+        capsys, "quantize", toy_folder, "-o", int4, "--calibration", tmp_path / "calibration.jsonl", "--json"
+    )
+    assert code == 0
+    assert json.loads(text)["loss"] <= json.loads(text)["loss_nearest"]
+    assert run(capsys, "info", int4, "--verify")[0] == 0
+    told = json.loads(run(capsys, "info", int4, "--json")[1])
+    layers = next(entry for entry in told["entries"] if entry["name"] == "talker layers")
+    assert "INT4" in layers["quantized"]
+    before = json.loads(run(capsys, "info", toy_folder, "--json")[1])
+    assert told["total"]["n_parameters"] == before["total"]["n_parameters"]
+    spoken = ("say", int4, "Hello.", "--voice", recording, "-o", tmp_path / "x.wav", "--max-seconds", "0.4")
+    assert run(capsys, *spoken)[0] == 0
+    code, _, told = run(capsys, "quantize", int4, "-o", tmp_path / "again")
+    assert code == 2
+    assert "is quantized already" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["say", "MODEL", "", "--voice", "REF"], "empty"),
+        (["say", "MODEL", "?!", "--voice", "REF"], "has no letter and no digit"),
+        (["say", "MODEL", "Hi", "--voice", "missing.wav"], "missing.wav does not exist"),
+        (["say", "MODEL", "Hi", "--voice", "empty.wav"], "empty.wav is empty"),
+        (["say", "MODEL", "Hi", "--voice", "noise.txt"], "noise.txt cannot be read as audio"),
+        (["say", "MODEL", "Hi", "--voice", "silent.wav"], "is silent"),
+        (["say", "MODEL", "Hi", "--voice", "short.wav"], "lasts 0.004 s"),
+        (["say", "MODEL", "Hi", "--voice", "nan.wav"], "NaN or infinite"),
+        (["say", "MODEL", "Hi", "--voice", "broken.safetensors"], "is no voice file"),
+        (["say", "MODEL", "Hi", "--voice", "nobody"], "nobody is no recording"),
+        (["say", "MODEL", "Hi"], "speaks in a cloned voice only"),
+        (["say", "MODEL", "Hi", "--voice", "REF", "--language", "klingon"], "'klingon' is unknown"),
+        (["say", "MODEL", "Hi", "--voice", "REF", "--temperature", "-1"], "temperature is -1"),
+        (["say", "MODEL", "Hi", "--voice", "REF", "--max-seconds", "0"], "--max-seconds is 0"),
+        (["say", "nowhere", "Hi", "--voice", "REF"], "nowhere is no folder"),
+        (["say", "MODEL", "Hi", "--voice", "REF", "--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_bad_requests(capsys, toy_folder, recording, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "noise.txt").write_text("not audio")
+    (tmp_path / "broken.safetensors").write_bytes(b"xx")
+    audio.write(tmp_path / "silent.wav", Audio(np.zeros(48000, np.float32), 24000))
+    audio.write(tmp_path / "short.wav", Audio(np.ones(96, np.float32), 24000))
+    soundfile.write(tmp_path / "nan.wav", np.full(48000, np.nan), 24000, subtype="FLOAT")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    places = {"MODEL": str(toy_folder), "REF": str(recording)}
+    code, printed, told = run(capsys, *[places.get(a, a) for a in arguments], "-o", "out.wav")
+    assert code == 2
+    assert message in told
+    assert len(told.strip().splitlines()) == 1
+    assert printed == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("no/such/out.wav", "the folder no/such does not exist"),
+        ("out.mp9", "cannot be written as .mp9"),
+        (".", "is a folder"),
+    ],
+)
+def test_bad_output_places(capsys, toy_folder, recording, tmp_path, monkeypatch, out, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, told = run(capsys, "say", toy_folder, "Hi", "--voice", recording, "-o", out, "--max-seconds", "0.2")
+    assert code == 2
+    assert message in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_unknown_to_the_model(capsys, tmp_path):
+    folder = toy.checkpoint(tmp_path / "m", "custom_voice")
+    code, _, told = run(capsys, "say", folder, "Hi", "--voice", "bob", "-o", tmp_path / "out.wav")
+    assert code == 2
+    assert "anna, dylan" in told
+
+
+def test_usage_errors_and_help(capsys):
+    assert run(capsys, "sing")[0] == 2
+    assert run(capsys, "say")[0] == 2
+    code, printed, _ = run(capsys, "--help")
+    assert code == 0
+    for verb in ("say", "voice", "quantize", "validate", "info", "demo"):
+        assert verb in printed
+        assert run(capsys, verb, "--help")[0] == 0
+
+
+def test_an_existing_output_is_never_overwritten_by_quantize(capsys, toy_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    code, _, told = run(capsys, "quantize", toy_folder, "-o", tmp_path / "out")
+    assert code == 2
+    assert "exists already" in told
+
+
+def test_ctrl_c_leaves_nothing_half_written(toy_folder, recording, tmp_path):
+    folder = shutil.copytree(toy_folder, tmp_path / "model")
+    rows = [{"text": f"Sentence number {n}.", "audio": str(recording)} for n in range(400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    running = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "quaver",
+            "quantize",
+            folder,
+            "-o",
+            tmp_path / "out",
+            "--samples",
+            "400",
+            "--calibration",
+            tmp_path / "rows.jsonl",
+        ],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    time.sleep(6)
+    assert running.poll() is None, "it must be interrupted at work: give it more to do"
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 130, told
+    assert b"nothing half-written" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
