@@ -32,7 +32,7 @@ Split = Literal["calibration", "held-out"]
 
 SENTENCES = "sentences.jsonl"
 _HELD_OUT_BYTES = 64
-_BATCH = 32
+_BATCH = 64
 
 INSTRUCTS = (
     "A calm middle-aged woman with a warm, low voice.",
