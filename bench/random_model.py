@@ -60,7 +60,7 @@ def random_checkpoint(out: Path, settings: Mapping[str, Any], codec_settings: Ma
 
 
 def write_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """Writes a byte-level Qwen2 tokenizer: the only merges are the role words, special tokens have the configured ids."""
+    """Writes a byte-level Qwen2 tokenizer that merges the role words alone, special tokens at their configured ids."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocabulary = {token: index for index, token in enumerate(sorted(ByteLevel.alphabet()))}

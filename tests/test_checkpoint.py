@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import toy
 from quaver import checkpoint as module
+from quaver import ledger
 from quaver.checkpoint import Checkpoint, Provenance, Step, write_tensors
 from quaver.config import CodecConfig, ModelConfig, parse
 from quaver.errors import BudgetError, CheckpointError, RecipeError
@@ -351,7 +352,11 @@ def test_loading_the_largest_model_stays_small(tmp_path):
         }
     size = sparse(folder / "model.safetensors", shapes(config), "BF16", 2)
     assert size == 3_857_354_880
-    sparse(folder / "speech_tokenizer" / "model.safetensors", codec, "F32", 4)
+    codec_size = sparse(folder / "speech_tokenizer" / "model.safetensors", codec, "F32", 4)
+    weighed = ledger.weigh(Checkpoint.open(folder))
+    assert weighed.total.n_parameters == 1_928_677_440 + 170_557_441
+    assert weighed.total.disk_bytes == size + codec_size
+    assert "2,099,234,881      4,539.6" in "\n".join(ledger.table(weighed))
     script = f"""
         import resource, torch
         torch.set_num_threads(2)

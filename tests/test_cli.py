@@ -210,20 +210,9 @@ def test_ctrl_c_leaves_nothing_half_written(toy_folder, recording, tmp_path):
     rows = [{"text": f"Sentence number {n}.", "audio": str(recording)} for n in range(400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     before = sorted(path.name for path in tmp_path.iterdir())
+    asked = ["quantize", folder, "-o", tmp_path / "out", "--samples", "400", "--calibration", tmp_path / "rows.jsonl"]
     running = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "quaver",
-            "quantize",
-            folder,
-            "-o",
-            tmp_path / "out",
-            "--samples",
-            "400",
-            "--calibration",
-            tmp_path / "rows.jsonl",
-        ],
+        [sys.executable, "-m", "quaver", *asked],
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

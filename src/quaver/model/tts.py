@@ -396,26 +396,13 @@ def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dty
         raise CheckpointError(f"{where}: tensor {name} is missing{more}")
 
 
-_EXPONENT_ONES = {
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float64: (torch.int64, 0x7FF0000000000000),
-}
-"""Of each float type, the integer of its size and the bits that are all ones in NaN and infinity alone."""
-
-
 def _check_finite(tensor: Tensor, name: str, where: str) -> None:
-    # Integer arithmetic on parts: several times faster than isfinite, and without a second copy of a large tensor.
-    integers, ones = _EXPONENT_ONES[tensor.dtype]
-    n_bad = 0
-    bits = tensor.reshape(-1).view(integers)
-    for start in range(0, len(bits), 1 << 20):
-        exponents = bits[start : start + (1 << 20)] & ones
-        if int(exponents.max()) == ones:
-            n_bad += int((exponents == ones).sum())
-    if n_bad:
-        raise CheckpointError(f"{where}: tensor {name} has {n_bad} values that are NaN or infinite")
+    # Both extremes carry NaN and infinity along, and finding them takes no memory beside the tensor.
+    low, high = tensor.aminmax()
+    if low.isfinite() and high.isfinite():
+        return
+    n_bad = int((~tensor.isfinite()).sum())
+    raise CheckpointError(f"{where}: tensor {name} has {n_bad} values that are NaN or infinite")
 
 
 def _defaults(path: Path) -> Defaults:
