@@ -1,9 +1,9 @@
 """quaver makes a Qwen3-TTS voice model small, proves that it is still good, and runs it fast.
 
-    from quaver import TTS, Engine, Utterance, audio
-    tts = TTS.load("tiny")
-    speech = Engine(tts).say(Utterance("A sentence it knows.", "english", tts.voice("me.wav")))
-    audio.write("out.wav", speech.audio)
+from quaver import TTS, Engine, Utterance, audio
+tts = TTS.load("tiny")
+speech = Engine(tts).say(Utterance("A sentence it knows.", "english", tts.voice("me.wav")))
+audio.write("out.wav", speech.audio)
 """
 
 from quaver import audio
