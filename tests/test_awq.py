@@ -132,7 +132,7 @@ def test_the_whole_talker_is_nearer_to_the_original_than_rounded_to_nearest(toy_
     assert error < 0.9 * error_nearest
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from(["plain", "outlier", "flat", "dead", "few"]))
 def test_no_layer_ever_loses_by_the_search(toy_layer, seed, kind):
     layer = copy.deepcopy(toy_layer)
@@ -374,6 +374,14 @@ def test_a_width_that_is_no_multiple_of_128_is_named(items, tmp_path):
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.weight has shape \(128, 192\)"):
         awq.quantize(odd, tmp_path / "out", calibration=items)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_no_matrix_is_named(toy_folder, items, tmp_path):
+    bad = "talker.model.layers.1.mlp.up_proj.weight"
+    flat = Checkpoint.open(toy_folder).edit(Step("flat"), lambda n, t: {n: t.flatten() if n == bad else t})
+    flat.save(tmp_path / "bad")
+    with pytest.raises(CheckpointError, match=f"{bad} has shape"):
+        awq.quantize(tmp_path / "bad", tmp_path / "out", calibration=items)
 
 
 def test_nan_weights_are_named(toy_folder, items, tmp_path):

@@ -94,7 +94,8 @@ class AwqReport:
     def summary(self) -> str:
         """One line for a person."""
         before, after = (n_bytes / 1e6 for n_bytes in self.tensor_bytes)
-        error = f"output error {100 * self.loss / self.loss_nearest:.0f} % of that of rounding to nearest"
+        share = self.loss / self.loss_nearest if self.loss_nearest else 1.0
+        error = f"output error {100 * share:.0f} % of that of rounding to nearest"
         calibration = f"{self.n_utterances} utterances, {self.n_positions} positions"
         seconds = f"{self.calibration_s:.0f} s to make them, {self.search_s:.0f} s to search"
         return (
@@ -140,7 +141,7 @@ def quantize(
     digest = corpus.fingerprint(items)
     saved = checkpoint.edit(
         Step("quantize", {**asdict(recipe), "method": "awq", "calibration_sha256": digest, "absorbed": list(absorbed)}),
-        lambda name, tensor: _replaced(tensors, name, tensor),
+        lambda name, tensor: tensors.get(name, {name: tensor}),
         {"quantization_config": settings()},
     ).save(out)
     sizes = tuple(sum(spec.n_bytes for spec in one.specs.values()) for one in (checkpoint, saved))
@@ -177,18 +178,18 @@ def _check(checkpoint: Checkpoint) -> None:
                 name = f"{LAYERS}.{index}.{linear}.weight"
                 if name not in checkpoint.specs:
                     raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
-                n_out, n_in = checkpoint.specs[name].shape
-                require_shape(name, n_out, n_in)
+                shape = checkpoint.specs[name].shape
+                if len(shape) != 2:
+                    raise CheckpointError(
+                        f"{checkpoint.path}: tensor {name} has shape {shape}: it is no linear layer's"
+                    )
+                require_shape(name, *shape)
 
 
 @torch.inference_mode()
 def talker_inputs(tts: TTS, items: Sequence[Item], n_positions: int) -> list[Tensor]:
     """What the talker's first layer reads for each item: prompt and frames [P + T, D], cut at ``n_positions``."""
     return [tts.inputs(tts.prompt(item.utterance), item.codes)[:n_positions].float() for item in items]
-
-
-def _replaced(tensors: dict[str, Mapping[str, Tensor]], name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-    return tensors.get(name, {name: tensor})
 
 
 @dataclass(frozen=True, slots=True)
