@@ -55,6 +55,14 @@ class Crops:
         return crops.float() / 32767.0 * gain
 
 
+def excerpts(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+    """The same second of both, at a random place of each row: discriminating all of it cost more than the codec."""
+    length = min(data.RATE_HZ, real.shape[1])
+    start = torch.randint(real.shape[1] - length + 1, (len(real), 1), device=real.device)
+    index = start + torch.arange(length, device=real.device)
+    return real.gather(1, index), made.gather(1, index)
+
+
 def initialise(codec: Codec) -> None:
     """Starting values where the modules' own would stall a short training."""
     for name, parameter in codec.named_parameters():
@@ -121,7 +129,7 @@ class Trainer:
                 self.counts.copy_(counts)
                 self.sums.copy_(sums)
                 narrow = found.narrowness
-                own, adversarial, matching = self.discriminators(*self.excerpts(real, made))
+                own, adversarial, matching = self.discriminators(*excerpts(real, made))
             else:
                 made = self.codec.decoder.from_latents(quantizer.unquantized(self.codec, latents)).float()
                 commitment = narrow = zero
@@ -139,13 +147,6 @@ class Trainer:
         torch._foreach_copy_(targets, gradients)  # type: ignore[arg-type]
         reported = torch.stack([mel, wave, commitment, own, adversarial, matching, narrow, spread, loss])
         self.report.lerp_(reported.detach(), 0.05)
-
-    def excerpts(self, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
-        """The same second of both, at a random place of each row: discriminating all of it cost more than the codec."""
-        length = min(data.RATE_HZ, real.shape[1])
-        start = torch.randint(real.shape[1] - length + 1, (len(real), 1), device=self.device)
-        index = start + torch.arange(length, device=self.device)
-        return real.gather(1, index), made.gather(1, index)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -113,3 +113,113 @@ class CodecRecipe:
     commitment_weight: float = 4.0
     ema_decay: float = 0.9995
     seed: int = 1729
+
+
+FIRST_CONTROL = N_CODES
+"""The last 1,024 talker ids are never sampled but for the stop id: the control ids live there."""
+
+PREDICTOR: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 384,
+    "max_position_embeddings": 65536,
+    "model_type": "qwen3_tts_talker_code_predictor",
+    "num_attention_heads": 4,
+    "num_code_groups": N_CODEBOOKS,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": N_CODES,
+}
+
+
+def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
+    """config.json of the small voice: ``special`` are the tokenizer's control ids, ``assistant`` its role token."""
+    base = FIRST_CONTROL
+    talker = {
+        "attention_bias": False,
+        "attention_dropout": 0,
+        "code_predictor_config": PREDICTOR,
+        "codec_bos_id": base + 101,
+        "codec_eos_token_id": base + 102,
+        "codec_language_id": {"english": base + 2},
+        "codec_nothink_id": base + 107,
+        "codec_pad_id": base + 100,
+        "codec_think_bos_id": base + 108,
+        "codec_think_eos_id": base + 109,
+        "codec_think_id": base + 106,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 256,
+        "initializer_range": 0.02,
+        "intermediate_size": 384,
+        "max_position_embeddings": 32768,
+        "model_type": "qwen3_tts_talker",
+        "num_attention_heads": 4,
+        "num_code_groups": N_CODEBOOKS,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 2,
+        "position_id_per_seconds": 13,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"interleaved": True, "mrope_section": [12, 10, 10], "rope_type": "default", "type": "default"},
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "spk_id": {},
+        "spk_is_dialect": {},
+        "text_hidden_size": 128,
+        "text_vocab_size": 1024,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": N_CODES + 1024,
+    }
+    return {
+        "architectures": ["Qwen3TTSForConditionalGeneration"],
+        "assistant_token_id": assistant,
+        "im_end_token_id": special["<|im_end|>"],
+        "im_start_token_id": special["<|im_start|>"],
+        "model_type": "qwen3_tts",
+        "speaker_encoder_config": {
+            "enc_attention_channels": 64,
+            "enc_channels": [64, 64, 64, 64, 192],
+            "enc_dim": 256,
+            "enc_res2net_scale": 4,
+            "enc_se_channels": 32,
+            "sample_rate": 24000,
+        },
+        "talker_config": talker,
+        "tokenizer_type": "qwen3_tts_tokenizer_12hz",
+        "transformers_version": "4.57.3",
+        "tts_bos_token_id": special["<tts_text_bos>"],
+        "tts_eos_token_id": special["<tts_text_eod>"],
+        "tts_model_size": "tiny",
+        "tts_model_type": "base",
+        "tts_pad_token_id": special["<tts_pad>"],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class TalkerRecipe:
+    """How talker, code predictor and speaker encoder are trained together."""
+
+    batch: int = 80
+    n_positions: int = 96
+    n_frames: int = 20
+    """How many frames of each row the code predictor sees in a step."""
+    reference_s: float = 2.4
+    lr: float = 1.5e-3
+    weight_decay: float = 0.05
+    total_s: float = 180.0
+    ema_decay: float = 0.999
+    weight_noise: float = 0.08
+    """Noise on the talker's linears, in their standard deviations: about two thirds of what INT4 rounding adds."""
+    in_context: float = 0.15
+    seed: int = 1729
