@@ -23,7 +23,7 @@ from quaver.int4 import GROUP, LEVELS, Int4Weight, representable
 from quaver.model.layers import GROUPS, DecoderLayer, Group
 
 _EXPONENTS = tuple(index / 20 for index in range(20))
-_CLIPS = tuple(1 - 0.05 * index for index in range(10))
+_CLIPS = tuple(1 - 0.025 * index for index in range(20))
 # Scores are products of queries and keys, so their errors multiply: clipping those is left out, as in AutoAWQ.
 _UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 _TINY = torch.finfo(torch.float32).tiny
@@ -74,7 +74,7 @@ def row_errors(delta: Tensor, second: Tensor) -> Tensor:
 
 
 def search_clip(weight: Tensor, second: Tensor) -> Tensor:
-    """How far to narrow each group's range, [O, G] in 0.55..1, for the least output error.
+    """How far to narrow each group's range, [O, G] in 0.525..1, for the least output error.
 
     Group after group, each given the errors of the others: the error never rises, and 1 (no clipping) wins ties.
     """
