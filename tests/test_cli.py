@@ -16,6 +16,8 @@ import soundfile
 import toy
 from quaver import audio, cli
 from quaver.audio import Audio
+from quaver.int4 import Int4Linear
+from quaver.model.tts import TTS
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +118,10 @@ def test_quantize_then_say_and_validate(capsys, toy_folder, recording, tmp_path)
     told = json.loads(run(capsys, "info", int4, "--json")[1])
     layers = next(entry for entry in told["entries"] if entry["name"] == "talker layers")
     assert "INT4" in layers["quantized"]
+    loaded = TTS.load(int4).talker.model.layers
+    held = sum(module.weight_bytes for module in loaded.modules() if isinstance(module, Int4Linear))
+    norms = sum(parameter.nbytes for parameter in loaded.parameters())
+    assert layers["memory_bytes"] == held + norms
     before = json.loads(run(capsys, "info", toy_folder, "--json")[1])
     assert told["total"]["n_parameters"] == before["total"]["n_parameters"]
     spoken = ("say", int4, "Hello.", "--voice", recording, "-o", tmp_path / "x.wav", "--max-seconds", "0.4")

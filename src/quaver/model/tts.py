@@ -353,8 +353,13 @@ def memory_bytes(checkpoint: Checkpoint, device: str | torch.device) -> dict[str
         (checkpoint.codec_specs, _codec_dtype(device)),
     ):
         for name, spec in specs.items():
-            kept = dtype is None or not spec.dtype.is_floating_point or name.endswith(INT4_SUFFIXES)
-            sizes[name] = spec.n_bytes if kept or dtype is None else spec.n_elements * dtype.itemsize
+            if device.type == "cpu" and name.endswith((".qzeros", ".scales")):
+                # The CPU's layout folds the zero points into a second row of scales.
+                sizes[name] = 0 if name.endswith(".qzeros") else 2 * spec.n_bytes
+            elif dtype is None or not spec.dtype.is_floating_point or name.endswith(INT4_SUFFIXES):
+                sizes[name] = spec.n_bytes
+            else:
+                sizes[name] = spec.n_elements * dtype.itemsize
     return sizes
 
 
