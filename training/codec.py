@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node=2 -m training.codec --data .data --out OUT --state STATE
 
-Reads every training clip of the corpus and the crossed clips (the voices of the small model are drawn more often), writes OUT/codec-*.safetensors (see `training.parts`) and a log. A whole train step is two CUDA graphs with
-one all-reduce of gradients between them. On a CPU the same step runs uncaptured, for tests (`--toy`).
+Reads every training clip of the corpus and the crossed clips (the voices of the small model are drawn more often) and
+writes OUT/codec-*.safetensors (see `training.parts`). `--resume` goes on from such parts. A whole train step is two
+CUDA graphs with one all-reduce of gradients between them. On a CPU the same step runs uncaptured, for tests (`--toy`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _REPORTED = ("mel", "wave", "commit", "own", "adv", "match", "narrow", "spread",
 class Crops:
     """Random crops of the clips, drawn on the device: start offsets into one long recording a voice after the other."""
 
-    def __init__(self, clips: list[data.Clip], samples: list[np.ndarray], often: tuple[str, ...], device: torch.device) -> None:
+    def __init__(
+        self, clips: list[data.Clip], samples: list[np.ndarray], often: tuple[str, ...], device: torch.device
+    ) -> None:
         order = sorted(range(len(clips)), key=lambda i: clips[i].voice)
         starts, offset = [], 0
         for i in order:
@@ -86,14 +89,14 @@ class Trainer:
         self.own = [p for p in self.own if p.requires_grad]
         self.theirs = list(self.discriminators.parameters())
         # The first codec branch's unused output projections never get a gradient.
-        skipped = {id(q.output_proj.weight) for q, _ in quantizer.branches(self.codec)}  # type: ignore[union-attr]
+        skipped = {id(q.output_proj.weight) for q, _ in quantizer.branches(self.codec)}
         self.own = [p for p in self.own if id(p) not in skipped]
         self.ema = copy.deepcopy(self.codec.decoder)
-        self.followed = [p for p in self.ema.parameters()], [p for p in self.codec.decoder.parameters()]
+        self.followed = list[Tensor](self.ema.parameters()), list[Tensor](self.codec.decoder.parameters())
         n_books, n_codes, width = recipe.N_CODEBOOKS, recipe.N_CODES, self.codec.encoder.config.codebook_dim
         sizes = [p.numel() for p in (*self.own, *self.theirs)] + [n_books * n_codes, n_books * n_codes * width]
         self.flat = torch.zeros(sum(sizes), device=device)
-        views = self.flat.split(sizes)
+        views = torch.split(self.flat, sizes)
         for parameter, view in zip((*self.own, *self.theirs), views, strict=False):
             parameter.grad = view.view_as(parameter)
         self.counts, self.sums = views[-2].view(n_books, n_codes), views[-1].view(n_books, n_codes, width)
@@ -170,12 +173,14 @@ class Trainer:
     def captured(self) -> Callable[[], None]:
         """One train step, as two CUDA graphs around the reduction; uncaptured on a CPU."""
         if self.device.type != "cuda":
+
             def plain() -> None:
                 self.differentiate()
                 self.reduce()
                 self.update()
+
             return plain
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -225,7 +230,7 @@ class Trainer:
             dist.broadcast(book.embed_sum, 0)
             dist.broadcast(book.cluster_usage, 0)
         for search, project in quantizer.branches(self.codec):
-            dist.broadcast(search.input_proj.weight.data, 0)  # type: ignore[union-attr, arg-type]
+            dist.broadcast(search.input_proj.weight.data, 0)  # type: ignore[arg-type]
             dist.broadcast(project.weight.data, 0)  # type: ignore[arg-type]
 
     def pace(self, elapsed_s: float) -> None:
@@ -239,7 +244,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, log: Callable[[str], None], save: Callable[[str], None]) -> None:
-    """Runs warm-up and training until the recipe's seconds are over; saves at the middle and by the caller at the end."""
+    """Runs warm-up and training until the recipe's seconds are over; saves once, half-way."""
     s, clock = trainer.settings, torch.zeros(1, device=trainer.device)
     begun = time.monotonic()
     if s.warmup_s == 0.0:
@@ -281,7 +286,9 @@ def train(trainer: Trainer, log: Callable[[str], None], save: Callable[[str], No
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where the trained parts go, in files of at most 16 MiB")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="where the trained parts go, in files of at most 16 MiB"
+    )
     parser.add_argument("--sentences", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--resume", type=Path, help="a folder with codec-end parts to go on from, instead of a warm-up")
@@ -317,7 +324,9 @@ def main() -> None:
     samples = data.read_clips(args.data, clips)
     if device.type == "cuda":
         log(f"{world} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    log(f"{len(clips)} clips, {sum(map(len, samples)) / data.RATE_HZ / 60:.1f} min, list {data.list_sha256(clips)[:16]}")
+    log(
+        f"{len(clips)} clips, {sum(map(len, samples)) / data.RATE_HZ / 60:.1f} min, list {data.list_sha256(clips)[:16]}"
+    )
     trainer = Trainer(Crops(clips, samples, data.VOICES, device), settings, device, world)
     if args.resume:
         trainer.codec.load_state_dict(parts.read(args.resume, "codec-end"))

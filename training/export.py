@@ -1,6 +1,6 @@
 """Put the trained parts together as a checkpoint in the official layout.
 
-    python -m training.export --data .data --codec PARTS/codec-polished --talker PARTS/talker --tokenizer FOLDER --out TINY
+python -m training.export --data .data --codec PARTS/codec-polished --talker PARTS/talker --tokenizer FOLDER --out TINY
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-
-from quaver.text import Tokenizer
 from training import data, parts, recipe
 from training.talker import settings_of
+
+from quaver.text import Tokenizer
 
 GENERATION: dict[str, Any] = {
     "do_sample": True,
@@ -46,7 +46,7 @@ def checkpoint(out: Path, tokenizer: Path, model: dict[str, Tensor], codec: dict
             shutil.copyfile(tokenizer / name, out / name)
     write_json(out / "config.json", settings_of(Tokenizer.load(out)))
     write_json(out / "generation_config.json", GENERATION)
-    processor = {"padding_side": "left", "padding_value": 0.0, "processor_class": "Qwen3TTSProcessor", "return_attention_mask": True}
+    processor = {"padding_side": "left", "padding_value": 0.0, "processor_class": "Qwen3TTSProcessor"}
     write_json(out / "preprocessor_config.json", processor)
     save_file(model, out / "model.safetensors", {"format": "pt"})
     (out / "speech_tokenizer").mkdir(exist_ok=True)
@@ -80,6 +80,16 @@ def sentences(clips: list[data.Clip], out: Path) -> None:
     out.joinpath("sentences.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
 
 
+def references(folder: Path, out: Path) -> None:
+    """Copies one longer corpus clip of each voice, none of the sentences spoken, to ``out``/VOICE.ogg."""
+    out.mkdir(parents=True, exist_ok=True)
+    clips = data.read_manifest(folder)
+    for voice in data.VOICES:
+        chosen = min((c for c in clips if c.voice == voice and c.seconds > 3.4), key=lambda c: abs(c.seconds - 4.0))
+        shutil.copyfile(folder / chosen.file, out / f"{voice}.ogg")
+        print(voice, chosen.file, chosen.seconds, chosen.text)
+
+
 def main() -> None:
     """Writes the checkpoint folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,12 +97,15 @@ def main() -> None:
     parser.add_argument("--codec", type=Path, required=True, help="FOLDER/NAME of the codec's parts")
     parser.add_argument("--talker", type=Path, required=True, help="FOLDER/NAME of the talker's parts")
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--sentences", type=int, default=300)
+    parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--references", type=Path, help="where reference recordings of the voices go")
     args = parser.parse_args()
     model = stored(parts.read(args.talker.parent, args.talker.name), torch.bfloat16)
     codec = stored(parts.read(args.codec.parent, args.codec.name), torch.float16)
     checkpoint(args.out, args.tokenizer, model, codec)
+    if args.references:
+        references(args.data, args.references)
     sentences(data.crossed_clips(args.data, args.sentences), args.out)
 
 

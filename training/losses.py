@@ -67,7 +67,7 @@ class PeriodDiscriminator(nn.Module):
         self.last = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = F.pad(x, (0, -x.shape[-1] % self.period)).unflatten(-1, (-1, self.period))[:, None]
+        x = F.pad(x, (0, -x.shape[-1] % self.period)).reshape(len(x), 1, -1, self.period)
         maps = []
         for conv in self.convs:
             x = F.leaky_relu(conv(x), 0.1)
@@ -90,7 +90,9 @@ class SpectrumDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         window = self.get_buffer("window")
-        spectrum = torch.stft(x.float(), self.n_fft, self.n_fft // 4, window=window, normalized=True, return_complex=True)
+        spectrum = torch.stft(
+            x.float(), self.n_fft, self.n_fft // 4, window=window, normalized=True, return_complex=True
+        )
         x = torch.view_as_real(spectrum).permute(0, 3, 2, 1).contiguous()
         maps = []
         for conv in self.convs:

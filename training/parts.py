@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quaver.model.codec_encoder import Codec
 from training import quantizer
 
 _LIMIT_BYTES = 15 * 2**20
@@ -40,11 +41,8 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
-def codec_state(codec: nn.Module, decoder: nn.Module | None = None) -> dict[str, Tensor]:
-    """The state of a codec with its codebooks normalised and shared out; ``decoder`` replaces its decoder (an average)."""
-    from quaver.model.codec_encoder import Codec
-
-    assert isinstance(codec, Codec)
+def codec_state(codec: Codec, decoder: nn.Module | None = None) -> dict[str, Tensor]:
+    """The state of a codec, its codebooks shared out; ``decoder`` (an average) replaces its decoder."""
     whole = Codec(codec.config).to(next(codec.parameters()).device)
     whole.load_state_dict(codec.state_dict())
     if decoder is not None:

@@ -83,4 +83,5 @@ class Planner:
         table = np.array(rows, dtype=np.int32)
         target = np.full(self.n_positions, NOTHING, dtype=np.int32)
         target[first : first + said.n_frames] = said.start + np.arange(said.n_frames)
-        return Plan(*table.T.copy(), target, speaker, first, said.n_frames, said.voice)
+        text_ids, codec_ids, frames = table.T.copy()
+        return Plan(text_ids, codec_ids, frames, target, speaker, first, said.n_frames, said.voice)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quaver.model.codec import VectorLayer
 from quaver.model.codec_encoder import Codec, ResidualQuantizer, SearchedCodebook
 
 _DECAY = 0.99
@@ -47,8 +48,9 @@ def codebooks(codec: Codec) -> list[SearchedCodebook]:
 
 def unquantized(codec: Codec, latents: Tensor) -> Tensor:
     """The decoder's latents [B, codebook_dim, T] with both bottlenecks but no codes, for the warm-up."""
-    parts = [project(quantizer.input_proj(latents)) for quantizer, project in branches(codec)]
-    return parts[0] + parts[1]
+    semantic, acoustic = (project(quantizer.input_proj(latents)) for quantizer, project in branches(codec))
+    out: Tensor = semantic + acoustic
+    return out
 
 
 def quantize(codec: Codec, latents: Tensor) -> Quantized:
@@ -181,6 +183,7 @@ def export(codec: Codec) -> None:
         assert isinstance(quantizer.input_proj, nn.Conv1d)
         target.input_proj.weight.zero_()
         for book, layer in zip(quantizer.codebooks, target.vq.layers, strict=True):
+            assert isinstance(layer, VectorLayer)
             vectors = book.embedding
             book.embed_sum.copy_(vectors)
             book.cluster_usage.fill_(1.0)

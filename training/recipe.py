@@ -210,16 +210,19 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
 class TalkerRecipe:
     """How talker, code predictor and speaker encoder are trained together."""
 
-    batch: int = 80
+    batch: int = 32
     n_positions: int = 96
-    n_frames: int = 20
-    """How many frames of each row the code predictor sees in a step."""
+    n_frames: int = 4
+    """How many frames of a row, on average, the code predictor sees in a step."""
     reference_s: float = 2.4
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     weight_decay: float = 0.05
-    total_s: float = 180.0
-    ema_decay: float = 0.999
+    total_s: float = 2700.0
+    ema_decay: float = 0.995
     weight_noise: float = 0.08
     """Noise on the talker's linears, in their standard deviations: about two thirds of what INT4 rounding adds."""
-    in_context: float = 0.15
+    replaced: float = 0.3
+    """The largest share of heard codes that are replaced."""
+    shares: tuple[float, ...] = (0.62, 0.28, 0.1)
+    """How often text is streamed, comes first, or a voice is cloned in context."""
     seed: int = 1729

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import kokoro_onnx
+import kokoro_onnx  # type: ignore[import-not-found]
 import numpy as np
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 import soundfile
 
 from training import data
@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     styles = {v: np.fromfile(args.voices / f"{v}.bin", np.float32).reshape(-1, 1, 256) for v in data.VOICES}
     styles_file = args.data / "kokoro-voices.npz"
-    np.savez(styles_file, **styles)
+    np.savez(styles_file, allow_pickle=False, **styles)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = args.threads
     session = onnxruntime.InferenceSession(str(args.kokoro), options, providers=["CPUExecutionProvider"])

@@ -1,23 +1,29 @@
-"""Train talker, code predictor and speaker encoder together on the crossed clips, whose codes a trained codec gives.
+r"""Train talker, code predictor and speaker encoder together on the crossed clips, whose codes a trained codec gives.
 
-    python -m training.talker --data .data --codec PARTS --tokenizer VOICE_FOLDER --out OUT --seconds 180
+    torchrun --nproc-per-node=2 -m training.talker --data .data --codec PARTS/codec-end --tokenizer VOICE_FOLDER \
+        --out OUT --seconds 2700
 
-Writes OUT/talker-*.safetensors (bf16, see `training.parts`). Each example is a sentence in one voice, its speaker
-vector taken from another clip of that voice, changed in speed, level, colour and noise. Heard codes are replaced at
-random, so that free speech finds back after a wrong draw; the linears carry noise, so that INT4 does no harm.
+Runs on CPU cores, one process each. Writes OUT/talker-*.safetensors (bf16, see `training.parts`). Each example is a
+sentence in one voice, its speaker vector taken from another clip of that voice, changed in speed, level, colour and
+noise. Heard codes are replaced at random, so that free speech finds back after a wrong draw; the linears carry noise,
+so that INT4 does no harm.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,8 +32,8 @@ from quaver.model import speaker as speaker_encoder
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import Layout, Model
 from quaver.text import Tokenizer
-from training import data, parts, recipe
-from training.plans import NOTHING, Plan, Planner, Speech
+from training import data, parts, quantizer, recipe
+from training.plans import Plan, Planner, Speech
 
 
 def config_of(tokenizer: Tokenizer) -> ModelConfig:
@@ -43,37 +49,47 @@ def settings_of(tokenizer: Tokenizer) -> dict[str, object]:
 
 
 @torch.no_grad()
-def encode(codec: Codec, samples: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The codes [T, Q] of each recording, each encoded alone and in full precision, as `TTS.enroll` does."""
-    return [codec.encoder.encode(torch.from_numpy(s)[None].to(device))[0].T for s in samples]
+def encode(codec: Codec, samples: list[np.ndarray]) -> list[Tensor]:
+    """The codes [T, Q] of each recording, each encoded alone, as `TTS.enroll` does."""
+    return [codec.encoder.encode(torch.from_numpy(s)[None])[0].T for s in samples]
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """All frames of the training set: ``codes`` [T, Q] and their acoustic ``latents`` [T, d]."""
+
+    codes: Tensor
+    latents: Tensor
+
+
+@torch.no_grad()
+def acoustic(codec: Codec, codes: Tensor) -> Tensor:
+    """The acoustic latents [T, d] that codebooks 1 and on of ``codes`` [T, Q] add up to."""
+    books = quantizer.codebooks(codec)[1:]
+    return torch.stack([book.embedding[codes[:, i + 1]] for i, book in enumerate(books)]).sum(0)
 
 
 class Examples:
-    """Everything a batch is drawn from, on the device."""
+    """Everything a batch is drawn from."""
 
-    def __init__(self, plans: list[Plan], codes: Tensor, voices: list[np.ndarray], device: torch.device) -> None:
+    def __init__(self, plans: list[Plan], speech: Frames, voices: list[np.ndarray]) -> None:
         def stacked(name: str) -> Tensor:
-            return torch.from_numpy(np.stack([getattr(p, name) for p in plans])).long().to(device)
+            return torch.from_numpy(np.stack([getattr(p, name) for p in plans])).long()
 
         self.text, self.codec, self.frame, self.target = map(stacked, ("text", "codec", "frame", "target"))
         self.speaker, self.first, self.n_frames, self.voice = map(stacked, ("speaker", "first", "n_frames", "voice"))
-        self.codes = codes
-        lengths = torch.tensor([len(v) for v in voices], device=device)
-        self.voice_start, self.voice_length = lengths.cumsum(0) - lengths, lengths
-        joined = np.concatenate(voices)
-        self.samples = torch.from_numpy((joined * 32767.0).clip(-32768, 32767).astype(np.int16)).to(device)
-        self.device = device
+        self.length = self.first + self.n_frames + 1
+        self.speech = speech
+        self.voices = [torch.from_numpy(v) for v in voices]
 
-    def references(self, voice: Tensor, seconds: float) -> Tensor:
-        """A changed excerpt [B, N] of the recordings of each ``voice`` [B]."""
-        n = int(seconds * data.RATE_HZ)
-        uniform = torch.rand(5, len(voice), 1, device=self.device)
-        speed = 0.93 + 0.14 * uniform[0]
-        room = self.voice_length[voice][:, None] - 1.1 * n - 2
-        at = self.voice_start[voice][:, None] + uniform[1] * room + speed * torch.arange(n, device=self.device)
-        left = at.long()
-        share = (at - left).float()
-        x = torch.lerp(self.samples[left].float(), self.samples[left + 1].float(), share) / 32767.0
+    def references(self, voice: int, n: int, seconds: float) -> Tensor:
+        """``n`` changed excerpts [n, N] of the recordings of ``voice``."""
+        samples, n_samples = self.voices[voice], int(seconds * data.RATE_HZ)
+        uniform = torch.rand(5, n, 1)
+        at = (0.93 + 0.14 * uniform[0]) * torch.arange(n_samples)
+        start = (uniform[1] * (len(samples) - 1.1 * n_samples - 2)).long()
+        left = start + at.long()
+        x = torch.lerp(samples[left], samples[left + 1], at - at.floor())
         x = x + 0.5 * (uniform[2] - 0.5) * F.pad(x, (1, -1))
         noise = 10.0 ** (-4.0 + 2.0 * uniform[3]) * torch.randn_like(x)
         return (x + noise) * (0.4 + 0.9 * uniform[4])
@@ -82,211 +98,267 @@ class Examples:
 class Trainer:
     """The model and one train step."""
 
-    def __init__(self, model: Model, examples: Examples, settings: recipe.TalkerRecipe, n_in_context: int) -> None:
+    def __init__(self, model: Model, examples: Examples, settings: recipe.TalkerRecipe) -> None:
         self.model, self.examples, self.settings = model, examples, settings
-        self.n_in_context = n_in_context
-        device = examples.device
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        speech = examples.speech
+        # What a hidden state says of the frame's acoustic latent, read off linearly; it is not part of the model.
+        self.readout = nn.Linear(model.talker.config.hidden_size, speech.latents.shape[1])
+        self.power = speech.latents.var(0).sum()
+        self.parameters = [*model.parameters(), *self.readout.parameters()]
         self.ema = [p.detach().clone() for p in self.parameters]
         self.linears = [m.weight for m in model.talker.model.layers.modules() if isinstance(m, nn.Linear)]
-        decayed = [p for p in self.parameters if p.dim() > 1]
-        plain = [p for p in self.parameters if p.dim() < 2]
-        self.lr = torch.tensor(0.0, device=device)
         groups = [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=fused, capturable=fused)
-        self.noise = torch.tensor(0.0, device=device)
-        self.report = torch.zeros(5, device=device)
-        weight = torch.linspace(1.5, 0.5, recipe.N_CODEBOOKS - 1, device=device)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
+        self.noise = 0.0
+        self.report = torch.zeros(6)
+        self.n_steps = 0
+        weight = torch.linspace(1.5, 0.5, recipe.N_CODEBOOKS - 1)
         self.book_weight = weight / weight.sum()
 
-    def draw(self) -> Tensor:
-        """Indices [B] of plans: a fixed share of them in context (these are the last ``n_in_context`` plans)."""
-        batch, device = self.settings.batch, self.examples.device
-        n_plain = len(self.examples.voice) - self.n_in_context
-        n_cloned = int(self.settings.in_context * batch) if self.n_in_context else 0
-        plain = torch.randint(n_plain, (batch - n_cloned,), device=device)
-        if not n_cloned:
-            return plain
-        return torch.cat((plain, n_plain + torch.randint(self.n_in_context, (n_cloned,), device=device)))
-
-    def loss(self) -> Tensor:
-        """The loss of a fresh batch; leaves its parts in ``report``."""
-        s, e, talker = self.settings, self.examples, self.model.talker
-        row = self.draw()
-        device = e.device
-        encoder = self.model.speaker_encoder
+    def vectors(self, voice: Tensor) -> Tensor:
+        """Speaker vectors [B, D] for rows of each ``voice``, from two changed excerpts a voice, with noise."""
+        encoder, e = self.model.speaker_encoder, self.examples
         assert encoder is not None
-        mels = speaker_encoder.mel(e.references(e.voice[row], s.reference_s))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            vector = encoder(mels).float()
-            vector = vector + 0.15 * vector.detach().square().mean(1, keepdim=True).sqrt() * torch.randn_like(vector)
-            rate = torch.rand(s.batch, 1, 1, device=device).pow(2) * 0.35
-            frame, codec = e.frame[row], e.codec[row]
-            heard = self.disturbed(e.codes[frame.clamp(min=0)], rate)
-            embeds = talker.embed_text(e.text[row])
-            embeds = embeds + talker.embed_codec(codec.clamp(min=0)) * (codec >= 0)[..., None]
-            embeds = embeds + talker.embed_frames(heard) * (frame >= 0)[..., None]
-            at = torch.arange(s.n_positions, device=device) == e.speaker[row][:, None]
-            embeds = embeds + at[..., None] * vector[:, None]
-            hidden = talker.hidden(embeds)
-            target = e.target[row]
-            position = torch.arange(s.n_positions, device=device)
-            last = (position == (e.first[row] + e.n_frames[row])[:, None]).long()
-            wanted = torch.where(target >= 0, e.codes[target.clamp(min=0)][..., 0], NOTHING)
-            wanted = torch.where(last > 0, talker.config.codec_eos_token_id, wanted)
-            logits = talker.codec_head(hidden).float()
-            first = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=NOTHING)
-            chosen = (torch.rand(s.batch, s.n_frames, device=device) * e.n_frames[row][:, None]).long()
-            chosen = e.first[row][:, None] + chosen
-            states = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
-            codes = e.codes[target.gather(1, chosen).clamp(min=0)]
-            given = self.disturbed(codes, 0.5 * rate).flatten(0, 1)
-            codes = codes.flatten(0, 1)
-            guessed = talker.code_predictor.force(states, talker.embed_codec(given[:, 0]), given[:, 1:]).float()
-            each = F.cross_entropy(guessed.flatten(0, 1), codes[:, 1:].flatten(), reduction="none")
-            each = each.view(len(codes), -1).mean(0)
-        known = wanted >= 0
-        right = ((logits.argmax(-1) == wanted) & known).sum() / known.sum()
-        parts_of_it = torch.stack([first, right, each[0], each[4], each.mean()])
-        self.report.lerp_(parts_of_it.detach(), 0.02)
-        return first + 4.0 * (each * self.book_weight).sum()
+        n_each = 2
+        samples = torch.cat([e.references(v, n_each, self.settings.reference_s) for v in range(len(e.voices))])
+        found = encoder(speaker_encoder.mel(samples))[voice * n_each + torch.randint(n_each, voice.shape)]
+        scale = found.detach().square().mean(1, keepdim=True).sqrt()
+        noisy: Tensor = found + 0.15 * scale * torch.randn_like(found)
+        return noisy
 
-    def disturbed(self, codes: Tensor, rate: Tensor) -> Tensor:
-        """``codes`` [B, n, Q] with a share ``rate`` of them replaced by any code."""
-        wrong = torch.rand(codes.shape, device=codes.device) < rate
-        return torch.where(wrong, torch.randint(recipe.N_CODES, codes.shape, device=codes.device), codes)
+    def embeds(self, row: Tensor, length: int, rate: Tensor) -> Tensor:
+        """Talker inputs [B, L, D] of the plans ``row``, a share ``rate`` [B, 1, 1] of the heard codes replaced."""
+        e, talker = self.examples, self.model.talker
+        frame, codec = e.frame[row, :length], e.codec[row, :length]
+        heard = disturbed(e.speech.codes[frame.clamp(min=0)], rate)
+        x = talker.embed_text(e.text[row, :length])
+        x = x + talker.embed_codec(codec.clamp(min=0)) * (codec >= 0)[..., None]
+        x = x + talker.embed_frames(heard) * (frame >= 0)[..., None]
+        at = torch.arange(length) == e.speaker[row][:, None]
+        return x + at[..., None] * self.vectors(e.voice[row])[:, None]
 
-    def step(self) -> None:
-        """One train step, on noisy linears."""
+    def loss(self, row: Tensor) -> Tensor:
+        """The loss of the plans ``row``; leaves its parts in ``report``."""
+        s, e, talker = self.settings, self.examples, self.model.talker
+        length = int(e.length[row].max())
+        rate = torch.rand(len(row), 1, 1).square() * s.replaced
+        hidden = talker.hidden(self.embeds(row, length, rate))
+        target = e.target[row, :length]
+        spoken, last = target >= 0, torch.arange(length) == (e.first + e.n_frames)[row][:, None]
+        wanted = e.speech.codes[target.clamp(min=0)][..., 0]
+        wanted = torch.where(last, talker.config.codec_eos_token_id, wanted)[spoken | last]
+        logits = talker.codec_head(hidden[spoken | last])
+        first = F.cross_entropy(logits, wanted)
+        states, frames = hidden[spoken], target[spoken]
+        unlike = (self.readout(states) - e.speech.latents[frames]).square().sum(-1).mean() / self.power
+        chosen = torch.randperm(len(frames))[: s.n_frames * len(row)]
+        codes = e.speech.codes[frames[chosen]]
+        given = disturbed(codes, 0.3 * s.replaced * torch.rand(len(codes), 1).square())
+        force = talker.code_predictor.force
+        guessed = force(states[chosen], talker.embed_codec(given[:, 0]), given[:, 1:])
+        each = F.cross_entropy(guessed.transpose(1, 2), codes[:, 1:], reduction="none").mean(0)
+        right = (logits.argmax(-1) == wanted).float().mean()
+        now = torch.stack([first, right, unlike, each[0], each[4], each.mean()]).detach()
+        self.report = now if not self.n_steps else self.report.lerp(now, 0.05)
+        total: Tensor = first + 3.0 * unlike + 2.0 * (each * self.book_weight).sum()
+        return total
+
+    def step(self, row: Tensor) -> None:
+        """One train step on the plans ``row``, with noisy linears. Raises FloatingPointError for a loss not finite."""
         with torch.no_grad():
             noise = [torch.randn_like(w) * (self.noise * w.std()) for w in self.linears]
             torch._foreach_add_(self.linears, noise)
-        gradients = torch.autograd.grad(self.loss(), self.parameters)
+        loss = self.loss(row)
+        if not bool(loss.isfinite()):
+            raise FloatingPointError(f"step {self.n_steps}: the loss is {float(loss)}")
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             torch._foreach_sub_(self.linears, noise)
-            norm = torch.stack(torch._foreach_norm(gradients)).norm()
-            gradients = torch._foreach_mul(gradients, (1.0 / norm).clamp(max=1.0))
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.copy_(gradient)
+            self.reduce()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            torch._foreach_lerp_(self.ema, self.parameters, 1.0 - self.settings.ema_decay)
+            decay = min(self.settings.ema_decay, (1.0 + self.n_steps) / (10.0 + self.n_steps))
+            torch._foreach_lerp_(self.ema, list[Tensor](self.parameters), 1.0 - decay)
+        self.n_steps += 1
 
-    def captured(self) -> Callable[[], None]:
-        """The step as one CUDA graph; itself on a CPU."""
-        if self.examples.device.type != "cuda":
-            return self.step
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph.replay
+    def reduce(self) -> None:
+        """The mean of the gradients over all processes."""
+        if dist.is_initialized():
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            means = torch.split(flat, [g.numel() for g in gradients])
+            torch._foreach_copy_(gradients, [f.view_as(g) for f, g in zip(means, gradients, strict=True)])
 
     def pace(self, share: float) -> None:
         """Learning rate and weight noise at a ``share`` 0..1 of the run."""
-        self.lr.fill_(self.settings.lr * min(1.0, share / 0.02) * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * share))))
-        self.noise.fill_(self.settings.weight_noise * min(1.0, share / 0.3))
+        factor = min(1.0, (self.n_steps + 1) / 60) * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share))))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * factor
+        self.noise = self.settings.weight_noise * min(1.0, share / 0.3)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The model's state with the running mean of its parameters."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return {**self.model.state_dict(), **dict(zip(names, self.ema, strict=False))}
 
 
-def initialise(model: Model) -> None:
-    """Small normal weights, as the published configuration asks (initializer_range 0.02)."""
-    for name, parameter in model.talker.named_parameters():
+def disturbed(codes: Tensor, rate: Tensor) -> Tensor:
+    """``codes`` [..., Q] with a share ``rate`` of them replaced by any code."""
+    wrong = torch.rand(codes.shape) < rate
+    return torch.where(wrong, torch.randint(recipe.N_CODES, codes.shape), codes)
+
+
+def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
+    """Small normal weights, and tables of codes in the geometry of the codec.
+
+    A code's embedding and its row in the head lie where its codebook vector lies, in one 64-dimensional subspace
+    for all codebooks: what the first layers would have to find out about each of 8,192 codes is true at the start.
+    """
+    talker = model.talker
+    for name, parameter in talker.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    books = [book.embedding for book in quantizer.codebooks(codec)]
+    hidden = talker.config.hidden_size
+    axes = torch.linalg.qr(torch.randn(hidden, 2 * books[0].shape[1]))[0].T
+    first_axes, axes = axes[: books[0].shape[1]], axes[books[0].shape[1] :]
+    predictor = talker.code_predictor
+    with torch.no_grad():
+        readout.weight.copy_(axes)
+        tables = [(talker.model.codec_embedding.weight, talker.codec_head.weight, first_axes)]
+        for embedding, head in zip(predictor.model.codec_embedding, predictor.lm_head, strict=True):
+            assert isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)
+            tables.append((embedding.weight, head.weight, axes))
+        top = books[1].square().mean().sqrt()
+        for (table, rows, where), book in zip(tables, books, strict=True):
+            size = book.square().mean().sqrt()
+            table[: len(book)] += 0.1 * (book / size) @ where * (size / top).clamp(max=1.0).sqrt()
+            rows[: len(book)] += 0.1 * (book / size) @ where
 
 
-def make_plans(planner: Planner, clips: list[Speech], seed: int) -> tuple[list[Plan], int]:
-    """Every clip in both layouts, with its language and without, and as many clones in context, which come last."""
-    layouts: tuple[Layout, ...] = ("stream", "whole")
-    plain = [planner.plan(c, language, layout) for c in clips for language in ("english", "auto") for layout in layouts]
+def make_plans(planner: Planner, clips: list[Speech], seed: int) -> list[list[Plan]]:
+    """Plans by kind: text streamed, text first, and cloned in context; with the language named and not."""
     random_ = random.Random(seed)
     by_voice = {v: [c for c in clips if c.voice == v] for v in {c.voice for c in clips}}
-    cloned = []
-    for clip in clips:
-        for layout in layouts:
-            reference = random_.choice(by_voice[clip.voice])
-            cloned.append(planner.plan(clip, random_.choice(("english", "auto")), layout, reference))
-    found = [p for p in plain if p is not None]
-    if len(found) < len(plain):
-        raise ValueError(f"{len(plain) - len(found)} plans are longer than {planner.n_positions} positions")
-    in_context = [p for p in cloned if p is not None]
-    return found + in_context, len(in_context)
+    layouts: tuple[Layout, ...] = ("stream", "whole")
+    kinds = [
+        [planner.plan(c, language, layout) for c in clips for language in ("english", "auto")] for layout in layouts
+    ]
+    kinds.append(
+        [
+            planner.plan(c, random_.choice(("english", "auto")), layout, random_.choice(by_voice[c.voice]))
+            for c in clips
+            for layout in layouts
+        ]
+    )
+    return [[p for p in kind if p is not None] for kind in kinds]
+
+
+def batches(examples: Examples, kinds: list[range], settings: recipe.TalkerRecipe) -> Iterator[Tensor]:
+    """Endless batches of plan indices, each of one kind and of similar lengths; kinds by their shares."""
+    shares = torch.tensor(settings.shares)
+    queues: list[list[Tensor]] = [[] for _ in kinds]
+    while True:
+        kind = int(torch.multinomial(shares, 1))
+        if not queues[kind]:
+            index = torch.tensor(kinds[kind])
+            length = examples.length[index] + 6.0 * torch.rand(len(index))
+            # Half of the plans of a kind say the same as the other half: one of each two is enough for a round.
+            index = index[length.argsort()][torch.randint(2, (1,)) :: 2]
+            queues[kind] = list(torch.split(index, settings.batch))
+            random.shuffle(queues[kind])
+        yield queues[kind].pop()
 
 
 def main() -> None:
     """Encodes, trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--codec", type=Path, required=True, help="the folder of the trained codec's parts")
+    parser.add_argument("--codec", type=Path, required=True, help="FOLDER/NAME of the trained codec's parts")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sentences", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=180.0)
-    parser.add_argument("--toy", action="store_true", help="a few steps at toy size, on a CPU")
+    parser.add_argument("--sentences", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=2700.0)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
     settings = recipe.TalkerRecipe(total_s=args.seconds)
-    if args.toy:
-        settings = recipe.TalkerRecipe(total_s=args.seconds, batch=4, n_frames=4)
     torch.manual_seed(settings.seed)
+    random.seed(settings.seed)
     clips = data.crossed_clips(args.data, args.sentences)
     samples = data.read_clips(args.data, clips)
     codec = Codec(recipe.codec_config())
-    codec.load_state_dict(parts.read(args.codec, "codec-end"))
-    codes = encode(codec.to(device).eval(), samples, device)
-    print(f"{len(clips)} clips, {sum(map(len, codes))} frames, list {data.list_sha256(clips)[:16]}", flush=True)
+    codec.load_state_dict(parts.read(args.codec.parent, args.codec.name))
+    codes = encode(codec.eval(), samples)
+    print(f"{len(clips)} clips, {sum(map(len, codes))} frames, list {data.list_sha256(clips)}", flush=True)
     speeches, start = [], 0
     for clip, frames in zip(clips, codes, strict=True):
         speeches.append(Speech(clip.text, data.VOICES.index(clip.voice), start, len(frames)))
         start += len(frames)
     tokenizer = Tokenizer.load(args.tokenizer)
     config = config_of(tokenizer)
-    plans, n_in_context = make_plans(Planner(config, tokenizer, settings.n_positions), speeches, settings.seed)
+    kinds = make_plans(Planner(config, tokenizer, settings.n_positions), speeches, settings.seed)
+    ends = np.cumsum([0, *map(len, kinds)]).tolist()
+    ranges = [range(a, b) for a, b in itertools.pairwise(ends)]
     voices = [np.concatenate([s for s, c in zip(samples, clips, strict=True) if c.voice == v]) for v in data.VOICES]
-    examples = Examples(plans, torch.cat(codes), voices, device)
+    joined = torch.cat(codes)
+    examples = Examples([p for kind in kinds for p in kind], Frames(joined, acoustic(codec, joined)), voices)
     model = Model(config)
-    initialise(model)
-    trainer = Trainer(model.to(device).train(), examples, settings, n_in_context)
+    trainer = Trainer(model.train(), examples, settings)
+    initialise(model, trainer.readout, codec)
+    if (rank := int(os.environ.get("RANK", "0"))) or "RANK" in os.environ:
+        # The same model everywhere, other batches.
+        dist.init_process_group("gloo")
+        for parameter in trainer.parameters:
+            dist.broadcast(parameter.data, 0)
+        torch.manual_seed(settings.seed + rank)
+        random.seed(settings.seed + rank)
+    for average, parameter in zip(trainer.ema, trainer.parameters, strict=True):
+        average.copy_(parameter.detach())
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
-    print(f"{len(plans)} plans, {n_in_context} in context; parameters {sizes}", flush=True)
-    torch.set_float32_matmul_precision("high")
-    run(trainer)
-    for parameter, average in zip(trainer.parameters, trainer.ema, strict=True):
-        parameter.data.copy_(average)
-    parts.write(args.out, "talker", dict(model.state_dict()), torch.bfloat16)
+    print(f"plans {[len(k) for k in kinds]}; parameters {sizes}", flush=True)
+    run(trainer, batches(examples, ranges, settings), args.out)
 
 
-def run(trainer: Trainer) -> None:
-    """Trains until the recipe's seconds are over."""
-    step, n_steps, n_logged = trainer.captured(), 0, 0
-    block = 20 if trainer.examples.device.type == "cuda" else 1
-    begun = time.monotonic()
-    while (elapsed := time.monotonic() - begun) < trainer.settings.total_s:
-        trainer.pace(elapsed / trainer.settings.total_s)
-        for _ in range(block):
-            step()
-        n_steps += block
-        if n_steps >= n_logged + 50 * block or block == 1:
-            n_logged = n_steps
-            first, right, one, five, rest = trainer.report.tolist()
+def agreed(seconds: float) -> float:
+    """The first process's ``seconds``, on every process."""
+    if not dist.is_initialized():
+        return seconds
+    clock = torch.tensor([seconds])
+    dist.broadcast(clock, 0)
+    return float(clock)
+
+
+def run(trainer: Trainer, rows: Iterator[Tensor], out: Path) -> None:
+    """Trains until the recipe's seconds are over; saves every five minutes and at the end."""
+    begun, total_s, saved_s = time.monotonic(), trainer.settings.total_s, 0.0
+    leads = not dist.is_initialized() or dist.get_rank() == 0
+    while (elapsed := agreed(time.monotonic() - begun)) < total_s:
+        trainer.pace(elapsed / total_s)
+        trainer.step(next(rows))
+        if trainer.n_steps % 50 == 0 and leads:
+            first, right, unlike, one, five, rest = trainer.report.tolist()
             print(
-                f"{elapsed:.0f} s, step {n_steps}: codebook 0 {first:.3f} nat ({right:.1%} right), "
-                f"1 {one:.3f}, 5 {five:.3f}, mean of 1..15 {rest:.3f}",
+                f"{elapsed:.0f} s, step {trainer.n_steps}: codebook 0 {first:.3f} nat ({right:.1%} right), "
+                f"latent {unlike:.3f}, codebook 1 {one:.3f}, 5 {five:.3f}, mean of 1..15 {rest:.3f}",
                 flush=True,
             )
-    print(f"done: {n_steps} steps in {elapsed:.0f} s", flush=True)
+        if elapsed > saved_s + 300.0 and leads:
+            saved_s = elapsed
+            parts.write(out, "talker", trainer.averaged(), torch.bfloat16)
+    if not leads:
+        return
+    print(f"done: {trainer.n_steps} steps in {elapsed:.0f} s", flush=True)
+    parts.write(out, "talker", trainer.averaged(), torch.bfloat16)
 
 
 if __name__ == "__main__":

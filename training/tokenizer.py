@@ -1,6 +1,6 @@
 """The small voice's text tokenizer: a byte-level BPE learned from the corpus texts, in Qwen2's files.
 
-    python -m training.tokenizer --data .data --out VOICE_FOLDER
+python -m training.tokenizer --data .data --out VOICE_FOLDER
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
+from training import data
 
 from quaver.text import QWEN2_SPLIT
-from training import data
 
 N_LEARNED = 1000
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>")
