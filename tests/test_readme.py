@@ -1,4 +1,4 @@
-"""Law 12: what the README shows is run as it stands, in a fresh folder: ``sh`` blocks line by line, ``python`` blocks whole."""
+"""Law 12: what the README shows runs as it stands, in a fresh folder: ``sh`` line by line, ``python`` as a whole."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from quaver import cli
 from quaver.model.tts import references
 

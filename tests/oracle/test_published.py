@@ -9,6 +9,7 @@ from pathlib import Path
 import official
 import pytest
 import torch
+
 from quaver.config import ModelConfig, parse
 from quaver.model.tts import shapes
 
