@@ -73,6 +73,15 @@ def crossed_clips(folder: Path, n_sentences: int) -> list[Clip]:
     return found
 
 
+def paired_clips(folder: Path, n_sentences: int) -> list[Clip]:
+    """The ``n_sentences`` shortest of the first 200 sentences, each in two voices; every pair of voices recurs."""
+    crossed = crossed_clips(folder, 200)
+    rows = [crossed[i : i + len(VOICES)] for i in range(0, len(crossed), len(VOICES))]
+    rows.sort(key=lambda row: max(clip.seconds for clip in row))
+    pairs = [(a, b) for a in range(len(VOICES)) for b in range(a)]
+    return [row[place] for i, row in enumerate(rows[:n_sentences]) for place in pairs[i % len(pairs)]]
+
+
 def list_sha256(clips: list[Clip]) -> str:
     """The SHA-256 of a list of clips: their files, voices and texts, one a line."""
     lines = "".join(f"{c.file}\t{c.voice}\t{c.text}\n" for c in clips)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from training import data, parts, recipe
-from training.talker import settings_of
 
 from quaver.text import Tokenizer
+from training import data, parts, recipe
+from training.talker import settings_of
 
 GENERATION: dict[str, Any] = {
     "do_sample": True,
@@ -106,7 +106,7 @@ def main() -> None:
     checkpoint(args.out, args.tokenizer, model, codec)
     if args.references:
         references(args.data, args.references)
-    sentences(data.crossed_clips(args.data, args.sentences), args.out)
+    sentences(data.paired_clips(args.data, args.sentences), args.out)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class CodecRecipe:
     """How the codec is trained; seconds are of wall clock, since GPU time is what is scarce."""
 
     batch: int = 6
-    n_frames: int = 40
+    n_frames: int = 30
     lr: float = 6e-4
     discriminator_lr: float = 4e-4
     warmup_s: float = 45.0
@@ -212,17 +212,21 @@ class TalkerRecipe:
 
     batch: int = 32
     n_positions: int = 96
-    n_frames: int = 4
+    n_frames: int = 3
     """How many frames of a row, on average, the code predictor sees in a step."""
-    reference_s: float = 2.4
+    reference_s: float = 1.6
     lr: float = 2e-3
     weight_decay: float = 0.05
     total_s: float = 2700.0
     ema_decay: float = 0.995
     weight_noise: float = 0.08
     """Noise on the talker's linears, in their standard deviations: about two thirds of what INT4 rounding adds."""
-    replaced: float = 0.3
-    """The largest share of heard codes that are replaced."""
-    shares: tuple[float, ...] = (0.62, 0.28, 0.1)
+    replaced: float = 0.4
+    """The largest share of heard codes that are replaced by any others."""
+    mistaken: float = 0.0
+    """How many utterances begin, as heard, with another clip."""
+    deaf: float = 0.85
+    """How many utterances hear random codes alone, and must be read from the text."""
+    shares: tuple[float, ...] = (1.0, 0.0, 0.0)
     """How often text is streamed, comes first, or a voice is cloned in context."""
     seed: int = 1729

@@ -5,8 +5,9 @@ r"""Train talker, code predictor and speaker encoder together on the crossed cli
 
 Runs on CPU cores, one process each. Writes OUT/talker-*.safetensors (bf16, see `training.parts`). Each example is a
 sentence in one voice, its speaker vector taken from another clip of that voice, changed in speed, level, colour and
-noise. Heard codes are replaced at random, so that free speech finds back after a wrong draw; the linears carry noise,
-so that INT4 does no harm.
+noise. What was heard is made unreliable: codes at random, the beginning of another clip, or nothing true at all. A clip
+is known by its first frames, and a model that may trust them reads neither text nor voice: it was 97 % right on true
+frames, and babbled on its own. The linears carry noise, so that INT4 does no harm.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ class Trainer:
         speech = examples.speech
         # What a hidden state says of the frame's acoustic latent, read off linearly; it is not part of the model.
         self.readout = nn.Linear(model.talker.config.hidden_size, speech.latents.shape[1])
+        self.voices = nn.Parameter(torch.randn(len(examples.voices), model.talker.config.hidden_size))
         self.power = speech.latents.var(0).sum()
-        self.parameters = [*model.parameters(), *self.readout.parameters()]
+        self.parameters = [*model.parameters(), *self.readout.parameters(), self.voices]
         self.ema = [p.detach().clone() for p in self.parameters]
         self.linears = [m.weight for m in model.talker.model.layers.modules() if isinstance(m, nn.Linear)]
         groups = [
@@ -113,38 +115,56 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
         self.noise = 0.0
-        self.report = torch.zeros(6)
+        self.report = torch.zeros(7)
+        self.unsure = torch.zeros(())
         self.n_steps = 0
         weight = torch.linspace(1.5, 0.5, recipe.N_CODEBOOKS - 1)
         self.book_weight = weight / weight.sum()
 
     def vectors(self, voice: Tensor) -> Tensor:
-        """Speaker vectors [B, D] for rows of each ``voice``, from two changed excerpts a voice, with noise."""
+        """Speaker vectors [B, D] for rows of each ``voice``, from three changed excerpts a voice, with noise.
+
+        Leaves in ``unsure`` how far the vectors' directions are from telling the voices apart.
+        """
         encoder, e = self.model.speaker_encoder, self.examples
         assert encoder is not None
-        n_each = 2
+        n_each = 1
         samples = torch.cat([e.references(v, n_each, self.settings.reference_s) for v in range(len(e.voices))])
-        found = encoder(speaker_encoder.mel(samples))[voice * n_each + torch.randint(n_each, voice.shape)]
+        found = encoder(speaker_encoder.mel(samples))
+        likeness = 10.0 * F.normalize(found, dim=1) @ F.normalize(self.voices, dim=1).T
+        self.unsure = F.cross_entropy(likeness, torch.arange(len(e.voices)).repeat_interleave(n_each))
+        found = found[voice * n_each + torch.randint(n_each, voice.shape)]
         scale = found.detach().square().mean(1, keepdim=True).sqrt()
-        noisy: Tensor = found + 0.15 * scale * torch.randn_like(found)
+        noisy: Tensor = found + 0.1 * scale * torch.randn_like(found)
         return noisy
 
     def embeds(self, row: Tensor, length: int, rate: Tensor) -> Tensor:
-        """Talker inputs [B, L, D] of the plans ``row``, a share ``rate`` [B, 1, 1] of the heard codes replaced."""
+        """Talker inputs [B, L, D] of the plans ``row``, what is heard made unreliable (codes at ``rate`` [B, 1, 1])."""
         e, talker = self.examples, self.model.talker
         frame, codec = e.frame[row, :length], e.codec[row, :length]
-        heard = disturbed(e.speech.codes[frame.clamp(min=0)], rate)
+        heard = disturbed(e.speech.codes[self.mistaken(row, frame).clamp(min=0)], rate)
         x = talker.embed_text(e.text[row, :length])
         x = x + talker.embed_codec(codec.clamp(min=0)) * (codec >= 0)[..., None]
         x = x + talker.embed_frames(heard) * (frame >= 0)[..., None]
         at = torch.arange(length) == e.speaker[row][:, None]
         return x + at[..., None] * self.vectors(e.voice[row])[:, None]
 
+    def mistaken(self, row: Tensor, frame: Tensor) -> Tensor:
+        """``frame`` [B, L], where in some rows speech begins with frames of another row of the batch."""
+        first = self.examples.first[row][:, None]
+        other = torch.randperm(len(row))
+        since = torch.arange(frame.shape[1]) - first - 1
+        theirs = frame[other].gather(1, (first[other] + 1 + since).clamp(0, frame.shape[1] - 1))
+        until = self.examples.n_frames[row][:, None] * torch.rand(len(row), 1)
+        swapped = (torch.rand(len(row), 1) < self.settings.mistaken) & (since >= 0) & (since <= until)
+        return torch.where(swapped & (theirs >= 0) & (frame >= 0), theirs, frame)
+
     def loss(self, row: Tensor) -> Tensor:
         """The loss of the plans ``row``; leaves its parts in ``report``."""
         s, e, talker = self.settings, self.examples, self.model.talker
         length = int(e.length[row].max())
         rate = torch.rand(len(row), 1, 1).square() * s.replaced
+        rate = torch.where(torch.rand_like(rate) < s.deaf, 1.0, rate)
         hidden = talker.hidden(self.embeds(row, length, rate))
         target = e.target[row, :length]
         spoken, last = target >= 0, torch.arange(length) == (e.first + e.n_frames)[row][:, None]
@@ -156,14 +176,14 @@ class Trainer:
         unlike = (self.readout(states) - e.speech.latents[frames]).square().sum(-1).mean() / self.power
         chosen = torch.randperm(len(frames))[: s.n_frames * len(row)]
         codes = e.speech.codes[frames[chosen]]
-        given = disturbed(codes, 0.3 * s.replaced * torch.rand(len(codes), 1).square())
+        given = disturbed(codes, 0.1 * torch.rand(len(codes), 1).square())
         force = talker.code_predictor.force
         guessed = force(states[chosen], talker.embed_codec(given[:, 0]), given[:, 1:])
         each = F.cross_entropy(guessed.transpose(1, 2), codes[:, 1:], reduction="none").mean(0)
         right = (logits.argmax(-1) == wanted).float().mean()
-        now = torch.stack([first, right, unlike, each[0], each[4], each.mean()]).detach()
+        now = torch.stack([first, right, unlike, each[0], each[4], each.mean(), self.unsure]).detach()
         self.report = now if not self.n_steps else self.report.lerp(now, 0.05)
-        total: Tensor = first + 3.0 * unlike + 2.0 * (each * self.book_weight).sum()
+        total: Tensor = first + 3.0 * unlike + 2.0 * (each * self.book_weight).sum() + 0.5 * self.unsure
         return total
 
     def step(self, row: Tensor) -> None:
@@ -215,8 +235,10 @@ def disturbed(codes: Tensor, rate: Tensor) -> Tensor:
 
 
 def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
-    """Small normal weights, and tables of codes in the geometry of the codec.
+    """Small normal weights, text as loud as speech, and tables of codes in the geometry of the codec.
 
+    Text embeddings through two layers of small weights would be a thousandth of the codes they are added to: the model
+    then learns its sentences from their first frames, and its text never.
     A code's embedding and its row in the head lie where its codebook vector lies, in one 64-dimensional subspace
     for all codebooks: what the first layers would have to find out about each of 8,192 codes is true at the start.
     """
@@ -226,6 +248,9 @@ def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    nn.init.normal_(talker.model.text_embedding.weight)
+    for linear, std in ((talker.text_projection.linear_fc1, 1.0), (talker.text_projection.linear_fc2, 0.5)):
+        nn.init.normal_(linear.weight, std=std * linear.in_features**-0.5)
     books = [book.embedding for book in quantizer.codebooks(codec)]
     hidden = talker.config.hidden_size
     axes = torch.linalg.qr(torch.randn(hidden, 2 * books[0].shape[1]))[0].T
@@ -242,6 +267,24 @@ def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
             size = book.square().mean().sqrt()
             table[: len(book)] += 0.1 * (book / size) @ where * (size / top).clamp(max=1.0).sqrt()
             rows[: len(book)] += 0.1 * (book / size) @ where
+
+
+@torch.no_grad()
+def keep_codes(model: Model, earlier: dict[str, Tensor]) -> None:
+    """Takes over what an earlier run knows of codes and voices, and starts anew with text and the talker's layers.
+
+    A run that was told true frames leans on them and never learns to read. Text starts twice as loud as heard frames.
+    """
+    anew = ("talker.model.layers.", "talker.model.norm.", "talker.model.text_embedding.", "talker.text_projection.")
+    kept = {name: value.float() for name, value in earlier.items() if not name.startswith(anew)}
+    model.load_state_dict({**model.state_dict(), **kept})
+    talker = model.talker
+    nn.init.normal_(talker.model.text_embedding.weight)
+    for linear in (talker.text_projection.linear_fc1, talker.text_projection.linear_fc2):
+        nn.init.normal_(linear.weight, std=1.5 * linear.in_features**-0.5)
+    heard = talker.embed_frames(torch.randint(recipe.N_CODES, (256, recipe.N_CODEBOOKS)))
+    read = talker.embed_text(torch.arange(256))
+    talker.text_projection.linear_fc2.weight *= 2.0 * heard.std() / read.std()
 
 
 def make_plans(planner: Planner, clips: list[Speech], seed: int) -> list[list[Plan]]:
@@ -287,6 +330,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=2700.0)
+    parser.add_argument("--resume", type=Path, help="FOLDER/NAME of earlier talker parts to start from")
+    parser.add_argument("--anew", action="store_true", help="with --resume: text and the talker's layers start anew")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -294,7 +339,7 @@ def main() -> None:
     settings = recipe.TalkerRecipe(total_s=args.seconds)
     torch.manual_seed(settings.seed)
     random.seed(settings.seed)
-    clips = data.crossed_clips(args.data, args.sentences)
+    clips = data.paired_clips(args.data, args.sentences)
     samples = data.read_clips(args.data, clips)
     codec = Codec(recipe.codec_config())
     codec.load_state_dict(parts.read(args.codec.parent, args.codec.name))
@@ -315,18 +360,28 @@ def main() -> None:
     model = Model(config)
     trainer = Trainer(model.train(), examples, settings)
     initialise(model, trainer.readout, codec)
-    if (rank := int(os.environ.get("RANK", "0"))) or "RANK" in os.environ:
-        # The same model everywhere, other batches.
-        dist.init_process_group("gloo")
-        for parameter in trainer.parameters:
-            dist.broadcast(parameter.data, 0)
-        torch.manual_seed(settings.seed + rank)
-        random.seed(settings.seed + rank)
+    if args.resume:
+        earlier = parts.read(args.resume.parent, args.resume.name)
+        if args.anew:
+            keep_codes(model, earlier)
+        else:
+            model.load_state_dict(earlier)
+    if "RANK" in os.environ:
+        join(trainer)
     for average, parameter in zip(trainer.ema, trainer.parameters, strict=True):
         average.copy_(parameter.detach())
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
     print(f"plans {[len(k) for k in kinds]}; parameters {sizes}", flush=True)
     run(trainer, batches(examples, ranges, settings), args.out)
+
+
+def join(trainer: Trainer) -> None:
+    """Joins the other processes: the same model everywhere, other batches."""
+    dist.init_process_group("gloo")
+    for parameter in trainer.parameters:
+        dist.broadcast(parameter.data, 0)
+    torch.manual_seed(trainer.settings.seed + dist.get_rank())
+    random.seed(trainer.settings.seed + dist.get_rank())
 
 
 def agreed(seconds: float) -> float:
@@ -346,10 +401,10 @@ def run(trainer: Trainer, rows: Iterator[Tensor], out: Path) -> None:
         trainer.pace(elapsed / total_s)
         trainer.step(next(rows))
         if trainer.n_steps % 50 == 0 and leads:
-            first, right, unlike, one, five, rest = trainer.report.tolist()
+            first, right, unlike, one, five, rest, unsure = trainer.report.tolist()
             print(
                 f"{elapsed:.0f} s, step {trainer.n_steps}: codebook 0 {first:.3f} nat ({right:.1%} right), "
-                f"latent {unlike:.3f}, codebook 1 {one:.3f}, 5 {five:.3f}, mean of 1..15 {rest:.3f}",
+                f"latent {unlike:.3f}, codebook 1 {one:.3f}, 5 {five:.3f}, mean of all {rest:.3f}, voices {unsure:.2f}",
                 flush=True,
             )
         if elapsed > saved_s + 300.0 and leads:

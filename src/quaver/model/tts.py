@@ -143,7 +143,8 @@ class TTS:
             model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
         where = str(checkpoint.path)
         _fill(model, checkpoint.tensors(), where, device, dtype)
-        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), device, _codec_dtype(device))
+        # Half-precision codecs overflow in places: sound is made in float32 until that is measured.
+        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), device, torch.float32)
         for module in model.modules():
             if isinstance(module, Int4Linear):
                 module.prepare(model.talker.codec_head.weight.dtype)
@@ -350,7 +351,7 @@ def memory_bytes(checkpoint: Checkpoint, device: str | torch.device) -> dict[str
     sizes: dict[str, int] = {}
     for specs, dtype in (
         (checkpoint.specs, _default_dtype(checkpoint, device)),
-        (checkpoint.codec_specs, _codec_dtype(device)),
+        (checkpoint.codec_specs, torch.float32),
     ):
         for name, spec in specs.items():
             if device.type == "cpu" and name.endswith((".qzeros", ".scales")):
@@ -369,10 +370,6 @@ def _default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype 
         return None
     n_values = sum(spec.n_elements for spec in checkpoint.specs.values())
     return torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
-
-
-def _codec_dtype(device: torch.device) -> torch.dtype | None:
-    return torch.float32 if device.type == "cpu" else None
 
 
 def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dtype: torch.dtype | None) -> None:
