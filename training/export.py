@@ -22,12 +22,12 @@ from training.talker import settings_of
 GENERATION: dict[str, Any] = {
     "do_sample": True,
     "max_new_tokens": 512,
-    "repetition_penalty": 1.05,
+    "repetition_penalty": 1.0,
     "subtalker_dosample": True,
-    "subtalker_temperature": 0.9,
+    "subtalker_temperature": 0.4,
     "subtalker_top_k": 50,
     "subtalker_top_p": 1.0,
-    "temperature": 0.9,
+    "temperature": 0.4,
     "top_k": 50,
     "top_p": 1.0,
 }
