@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from training import quantizer
-from training.plans import Planner, Speech
 
 import toy
 from quaver.config import CodecConfig, parse
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import TTS, Utterance
 from quaver.voice import Voice
+from training import quantizer
+from training.plans import Planner, Speech
 
 
 def test_a_plan_sums_to_the_models_own_inputs(toy_tts: TTS) -> None:
