@@ -220,6 +220,8 @@ def test_ctrl_c_leaves_nothing_half_written(toy_folder, recording, tmp_path):
         [sys.executable, "-m", "quaver", *asked],
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A test run in a shell's background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert running.stderr is not None
     # The first line comes when the recordings are encoded: the search over the layers is next.
