@@ -20,6 +20,7 @@ import torch
 from quaver import audio, awq, ledger, validate
 from quaver.audio import Audio
 from quaver.checkpoint import Checkpoint, check_new
+from quaver.config import FRAME_RATE_HZ
 from quaver.demo import demonstrate
 from quaver.engine import Chunk, Engine, Knobs
 from quaver.errors import BudgetError, GateFailed, QuaverError, RecipeError
@@ -149,7 +150,7 @@ def _knobs(
     talker = talker if penalty is None else replace(talker, penalty=penalty)
     max_frames = own.max_frames
     if max_seconds is not None:
-        max_frames = round(max_seconds * 12.5)
+        max_frames = round(max_seconds * FRAME_RATE_HZ)
         if max_frames < 1:
             raise RecipeError(f"--max-seconds is {max_seconds}: it must be 0.08 (one frame) or more")
     return Knobs(talker, changed(own.residual), max_frames)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quaver.audio import Audio
 from quaver.errors import RecipeError
-from quaver.model.tts import TTS, Prompt, Utterance, seconds
+from quaver.model.tts import TTS, Prompt, Utterance
 from quaver.sampling import Sampling, distribution, draw, uniforms
 from quaver.text import split_sentences
 
@@ -213,6 +213,3 @@ class Engine:
             first_audio_s=first_audio_s,
             wall_s=time.perf_counter() - start,
         )
-
-
-__all__ = ["ENDED", "Chunk", "Engine", "FinishReason", "Knobs", "Speech", "seconds"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quaver import audio as audio_files
 from quaver.audio import Audio
 from quaver.checkpoint import Checkpoint
-from quaver.config import FRAME_RATE_HZ, SUPPRESSED_IDS, ModelConfig, read_json
+from quaver.config import SUPPRESSED_IDS, ModelConfig, read_json
 from quaver.errors import CheckpointError, RecipeError, VoiceError
 from quaver.int4 import Int4Linear
 from quaver.model import speaker as speaker_encoder
@@ -332,11 +332,6 @@ def references() -> dict[str, Path]:
     """The recordings that ship with quaver as voices to clone, by name."""
     folder = Path(str(resources.files("quaver"))) / "voices" / "references"
     return {path.stem: path for path in sorted(folder.glob("*.ogg"))}
-
-
-def seconds(n_frames: int) -> float:
-    """How long ``n_frames`` frames last."""
-    return n_frames / FRAME_RATE_HZ
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
