@@ -2,46 +2,99 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 
 import toy
 from quaver.config import CodecConfig, parse
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import TTS, Utterance
+from quaver.text import Tokenizer
 from quaver.voice import Voice
-from training import quantizer
-from training.plans import Planner, Speech
+from training import quantizer, stack
+from training.plans import Planner, Speech, length
+from training.tokenizer import learn, spelled, write
 
 
-def test_a_plan_sums_to_the_models_own_inputs(toy_tts: TTS) -> None:
+def _speech(rows: list[tuple[int, int, int, int]]) -> Speech:
+    return Speech(*torch.tensor(rows).T)
+
+
+def test_plans_sum_to_the_models_own_inputs(toy_tts: TTS) -> None:
     torch.manual_seed(0)
     codes, vector = torch.randint(toy.N_CODES, (20, 16)), torch.randn(128)
-    planner = Planner(toy_tts.config, toy_tts.tokenizer, n_positions=96)
-    reference, said = Speech("One.", 0, 0, 8), Speech("Two and three.", 0, 8, 12)
+    words = ["One.", "Two and three, which are more.", "Two."]
+    ids = [toy_tts.tokenizer.encode(text) for text in words]
+    at = [0, len(ids[0]), len(ids[0]) + len(ids[1])]
+    planner = Planner(toy_tts.config, toy_tts.tokenizer, torch.tensor([i for some in ids for i in some]))
+    cases = [
+        (said, told, whole, unnamed)
+        for said in (1, 2)
+        for told in (False, True)
+        for whole in (False, True)
+        for unnamed in (False, True)
+    ]
+    said = _speech([(at[c[0]], len(ids[c[0]]), 8, 12) for c in cases])
+    reference = _speech([(at[0], len(ids[0]) * c[1], 0, 8 * c[1]) for c in cases])
+    whole, unnamed = torch.tensor([c[2] for c in cases]), torch.tensor([c[3] for c in cases])
+    n_positions = length(said.n_text, said.n_frames, reference.n_text, reference.n_frames, whole, unnamed)
+    plan = planner.plan(said, reference, whole, unnamed, int(n_positions.max()) + 3)
     talker = toy_tts.talker
-    for language in ("auto", "english"):
-        for layout in ("stream", "whole"):
-            for heard in (None, reference):
-                plan = planner.plan(said, language, layout, heard)
-                assert plan is not None
-                text, codec, frame = (torch.from_numpy(x).long() for x in (plan.text, plan.codec, plan.frame))
-                with torch.no_grad():
-                    x = talker.embed_text(text) + talker.embed_codec(codec.clamp(min=0)) * (codec >= 0)[:, None]
-                    x += talker.embed_frames(codes[frame.clamp(min=0)]) * (frame >= 0)[:, None]
-                x[plan.speaker] += vector
-                voice = Voice("v", vector, codes[:8] if heard else None, heard.text if heard else None)
-                prompt = toy_tts.prompt(Utterance(said.text, language, voice, layout=layout))
-                expected = toy_tts.inputs(prompt, codes[8:])
-                assert plan.first == len(prompt.embeds) - 1
-                torch.testing.assert_close(x[: len(expected)], expected, rtol=0, atol=1e-6)
-                assert plan.target[plan.first : plan.first + 12].tolist() == list(range(8, 20))
-                assert (plan.target >= 0).sum() == 12
+    with torch.no_grad():
+        x = talker.embed_text(plan.text) + talker.embed_codec(plan.codec.clamp(min=0)) * (plan.codec >= 0)[..., None]
+        x += talker.embed_frames(codes[plan.frame.clamp(min=0)]) * (plan.frame >= 0)[..., None]
+    for i, (spoken, told, first, open_) in enumerate(cases):
+        x[i, plan.speaker[i]] += vector
+        voice = Voice("v", vector, codes[:8] if told else None, words[0] if told else None)
+        language, layout = "auto" if open_ else "english", "whole" if first else "stream"
+        prompt = toy_tts.prompt(Utterance(words[spoken], language, voice, layout=layout))
+        expected = toy_tts.inputs(prompt, codes[8:])
+        assert len(expected) == n_positions[i]
+        assert plan.first[i] == len(prompt.embeds) - 1
+        torch.testing.assert_close(x[i, : len(expected)], expected, rtol=0, atol=1e-6)
+        assert plan.frame[i][plan.own[i]].tolist() == list(range(8, 20))
+        if len(ids[spoken]) < 9:
+            assert plan.text[i, plan.spoken[i]] == ids[spoken][0]
 
 
-def test_a_plan_that_is_too_long_is_none(toy_tts: TTS) -> None:
-    planner = Planner(toy_tts.config, toy_tts.tokenizer, n_positions=24)
-    assert planner.plan(Speech("One.", 0, 0, 4), "auto", "stream") is not None
-    assert planner.plan(Speech("One.", 0, 0, 24), "auto", "stream") is None
+def test_the_trained_stack_is_the_models_own(toy_tts: TTS) -> None:
+    torch.manual_seed(0)
+    talker, x = toy_tts.talker, torch.randn(2, 9, 128)
+    with torch.no_grad():
+        found, heads = stack.states(talker.model, x, (1,))
+        torch.testing.assert_close(found, talker.hidden(x), rtol=1e-4, atol=1e-5)
+        codes = torch.randint(toy.N_CODES, (5, 16))
+        tables, rows = stack.code_tables(talker), stack.code_rows(talker, torch.device("cpu"))
+        torch.testing.assert_close(tables[codes + rows].sum(1), talker.embed_frames(codes), rtol=1e-4, atol=1e-5)
+        given = tables[codes[:, :-1] + rows[:-1]]
+        expected = talker.code_predictor.force(x[0, :5], talker.embed_codec(codes[:, 0]), codes[:, 1:])
+        torch.testing.assert_close(stack.force(talker.code_predictor, x[0, :5], given), expected, rtol=1e-4, atol=1e-5)
+    assert [part.shape for part in heads[0]] == [(2, 9, 32), (2, 9, 32)]
+    assert stack.agreement(talker, torch.device("cpu")) == 0.0
+
+
+def test_a_head_that_looks_where_it_should_has_not_strayed() -> None:
+    position = torch.eye(6)[None]
+    query, paced = torch.tensor([[3, 4, 5]]), torch.ones(1, 3)
+    welcome = torch.full((1, 3, 6), -30.0)
+    welcome[0, range(3), range(3)] = 0.0
+    follows = position.roll(-3, dims=1)
+    following = float(stack.strayed((40.0 * follows.roll(6, 1), position), query, welcome.roll(0), paced))
+    wandering = float(stack.strayed((40.0 * position, position), query, welcome, paced))
+    assert following < 0.2 < 2.0 < wandering
+
+
+def test_spellings_say_the_same_text(toy_tts: TTS) -> None:
+    tokenizer = learn(["the cat sat on the other mat"] * 50)
+    with TemporaryDirectory() as folder:
+        write(tokenizer, Path(folder))
+        ours = Tokenizer.load(folder)
+    texts = ["The cat sat on the mat.", "Another cat, 12 mats"]
+    for text, variants in zip(texts, spelled(ours, texts, dropout=0.5), strict=True):
+        assert variants[0] == ours.ids_speech(text)[3:-5] == ours.encode(text)
+        assert any(len(ids) > len(variants[0]) for ids in variants[1:])
 
 
 def _codec() -> Codec:

@@ -1,6 +1,6 @@
 """Put the trained parts together as a checkpoint in the official layout.
 
-python -m training.export --data .data --codec PARTS/codec-polished --talker PARTS/talker --tokenizer FOLDER --out TINY
+python -m training.export --codec PARTS/codec-polished --talker PARTS/talker --tokenizer FOLDER --out TINY
 """
 
 from __future__ import annotations
@@ -74,14 +74,8 @@ def stored(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
-def sentences(clips: list[data.Clip], out: Path) -> None:
-    """Writes sentences.jsonl: what the voice knows, in which voices."""
-    rows = [{"text": c.text, "voice": c.voice, "split": "train"} for c in clips]
-    out.joinpath("sentences.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
-
-
 def references(folder: Path, out: Path) -> None:
-    """Copies one longer corpus clip of each voice, none of the sentences spoken, to ``out``/VOICE.ogg."""
+    """Copies one longer corpus clip of each voice to ``out``/VOICE.ogg."""
     out.mkdir(parents=True, exist_ok=True)
     clips = data.read_manifest(folder)
     for voice in data.VOICES:
@@ -93,20 +87,20 @@ def references(folder: Path, out: Path) -> None:
 def main() -> None:
     """Writes the checkpoint folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--codec", type=Path, required=True, help="FOLDER/NAME of the codec's parts")
     parser.add_argument("--talker", type=Path, required=True, help="FOLDER/NAME of the talker's parts")
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--references", type=Path, help="where reference recordings of the voices go")
+    parser.add_argument("--references", type=Path, help="where reference recordings of the voices go, from --data")
+    parser.add_argument("--data", type=Path, help="the corpus")
     args = parser.parse_args()
     model = stored(parts.read(args.talker.parent, args.talker.name), torch.bfloat16)
     codec = stored(parts.read(args.codec.parent, args.codec.name), torch.float16)
     checkpoint(args.out, args.tokenizer, model, codec)
     if args.references:
         references(args.data, args.references)
-    sentences(data.paired_clips(args.data, args.sentences), args.out)
+    n_bytes = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"{n_bytes / 1e6:.3f} MB in {args.out}")
 
 
 if __name__ == "__main__":

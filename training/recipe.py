@@ -8,7 +8,7 @@ from typing import Any
 from quaver.config import CodecConfig, parse
 
 N_CODEBOOKS = 16
-N_CODES = 512
+N_CODES = 384
 SAMPLES_PER_FRAME = 1920
 
 CODEC: dict[str, Any] = {
@@ -102,17 +102,26 @@ class CodecRecipe:
 
     batch: int = 6
     n_frames: int = 30
+    changed: float = 0.5
+    """The share of crops that are slower or faster, and so higher or lower, than the recording."""
     lr: float = 6e-4
     discriminator_lr: float = 4e-4
-    warmup_s: float = 45.0
+    warmup_s: float = 25.0
     adversarial_ramp_s: float = 20.0
-    total_s: float = 540.0
+    total_s: float = 490.0
     mel_weight: float = 15.0
     adversarial_weight: float = 2.0
     matching_weight: float = 6.0
     commitment_weight: float = 4.0
+    phonetic_weight: float = 10.0
+    """The weight of what codebook 0 misses of its targets, as a share of their power."""
     ema_decay: float = 0.9995
     seed: int = 1729
+
+
+def polishing(total_s: float) -> CodecRecipe:
+    """How the decoder is trained alone: in small steps, on recordings that are seldom changed."""
+    return CodecRecipe(batch=10, changed=0.2, lr=4e-4, total_s=total_s)
 
 
 FIRST_CONTROL = N_CODES
@@ -130,7 +139,7 @@ PREDICTOR: dict[str, Any] = {
     "model_type": "qwen3_tts_talker_code_predictor",
     "num_attention_heads": 4,
     "num_code_groups": N_CODEBOOKS,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
@@ -166,7 +175,7 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
         "model_type": "qwen3_tts_talker",
         "num_attention_heads": 4,
         "num_code_groups": N_CODEBOOKS,
-        "num_hidden_layers": 5,
+        "num_hidden_layers": 7,
         "num_key_value_heads": 2,
         "position_id_per_seconds": 13,
         "rms_norm_eps": 1e-06,
@@ -208,25 +217,43 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class TalkerRecipe:
-    """How talker, code predictor and speaker encoder are trained together."""
+    """How talker, code predictor and speaker encoder are trained together; seconds are of wall clock."""
 
-    batch: int = 32
-    n_positions: int = 96
-    n_frames: int = 3
+    n_positions: int = 288
+    """The longest example, prompt and frames together."""
+    budget: int = 20_000
+    """Positions in a step, padding included."""
+    n_frames: int = 7
     """How many frames of a row, on average, the code predictor sees in a step."""
-    reference_s: float = 1.6
     lr: float = 2e-3
+    warmup_s: float = 12.0
     weight_decay: float = 0.05
-    total_s: float = 2700.0
-    ema_decay: float = 0.995
-    weight_noise: float = 0.08
-    """Noise on the talker's linears, in their standard deviations: about two thirds of what INT4 rounding adds."""
+    dropout: float = 0.1
+    """Of what each block of the talker adds to the stream."""
+    total_s: float = 780.0
+    ema_decay: float = 0.999
+    weight_noise: float = 0.06
+    """Noise on the linears, in their standard deviations: somewhat less than INT4 rounding adds."""
+    streamed: float = 0.58
+    """The share of examples whose text comes with the speech; in the others it comes first."""
+    in_context: float = 0.25
+    """The share of examples that begin with another clip of the speaker."""
+    unnamed: float = 0.15
+    """The share of examples whose prompt leaves the language open."""
+    n_reference: int = 50
+    """The most frames of a clip cloned in context."""
+    deaf: float = 0.2
+    """The share of utterances that hear random codes alone and must be read from the text."""
+    coarse: float = 0.3
+    """The share of utterances that hear codebook 0 alone, the others random."""
     replaced: float = 0.4
-    """The largest share of heard codes that are replaced by any others."""
-    mistaken: float = 0.0
-    """How many utterances begin, as heard, with another clip."""
-    deaf: float = 0.85
-    """How many utterances hear random codes alone, and must be read from the text."""
-    shares: tuple[float, ...] = (1.0, 0.0, 0.0)
-    """How often text is streamed, comes first, or a voice is cloned in context."""
+    """The largest share of heard codes that are replaced by any others, in the rest."""
+    stop_weight: float = 2.0
+    guidance: float = 0.4
+    """The weight, falling to none at half time, of two heads' duty to follow the text as the speech goes on."""
+    guided_layers: tuple[int, ...] = (2, 3)
+    guided_width: float = 0.12
+    """How far from the even pace a guided head may look, as a share of the text."""
+    eveness: float = 0.4
+    """Clips of a speaker with n of them are drawn in proportion to n to the power of minus this."""
     seed: int = 1729

@@ -1,45 +1,65 @@
-r"""Train talker, code predictor and speaker encoder together on the crossed clips, whose codes a trained codec gives.
+r"""Train talker, code predictor and speaker encoder together on an encoded set: any sentence, any voice.
 
-    torchrun --nproc-per-node=2 -m training.talker --data .data --codec PARTS/codec-end --tokenizer VOICE_FOLDER \
-        --out OUT --seconds 2700
+    python -m training.talker --set SET --texts .data/texts.jsonl --codec PARTS/codec-end --tokenizer TEXT \
+        --out OUT --seconds 780
 
-Runs on CPU cores, one process each. Writes OUT/talker-*.safetensors (bf16, see `training.parts`). Each example is a
-sentence in one voice, its speaker vector taken from another clip of that voice, changed in speed, level, colour and
-noise. What was heard is made unreliable: codes at random, the beginning of another clip, or nothing true at all. A clip
-is known by its first frames, and a model that may trust them reads neither text nor voice: it was 97 % right on true
-frames, and babbled on its own. The linears carry noise, so that INT4 does no harm.
+One process, one GPU (or a CPU, with `--toy`). SET is what `training.shards` reads. Writes OUT/talker-*.safetensors (the
+running mean of the weights, bf16, see `training.parts`) every minute, OUT/best-*.safetensors at the lowest held-out
+loss after two fifths of the time, OUT/curve.jsonl with what `Trainer.judged` finds on held-out sentences, and
+OUT/said.safetensors with a few sentences spoken.
+
+Each example is a sentence in one voice, its speaker vector taken from a changed excerpt of that speaker. What was heard
+is made unreliable, up to nothing true at all: a model that may trust it reads neither text nor voice. Two heads are
+guided along the text for the first half, and the linears carry noise, so that INT4 does no harm.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
+import json
 import math
-import os
-import random
 import time
+import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quaver.checkpoint import Checkpoint
 from quaver.config import ModelConfig, parse
+from quaver.engine import ENDED, Engine, Knobs
 from quaver.model import speaker as speaker_encoder
 from quaver.model.codec_encoder import Codec
-from quaver.model.tts import Layout, Model
+from quaver.model.tts import TTS, Layout, Model, Utterance
+from quaver.sampling import Sampling
 from quaver.text import Tokenizer
-from training import data, parts, quantizer, recipe
-from training.plans import Plan, Planner, Speech
+from quaver.voice import Voice
+from training import parts, quantizer, recipe, shards, stack
+from training.plans import Plan, Planner, Speech, length
+from training.tokenizer import spelled
+
+HELD_OUT_EVERY, HELD_OUT = 50, 7
+"""Texts whose number leaves this rest are never trained on."""
+_IGNORED = -100
+_REPORTED = ("codebook 0", "right", "latent", "codebook 1", "codebook 5", "mean of 1 to 15", "voices", "stray")
 
 
-def config_of(tokenizer: Tokenizer) -> ModelConfig:
-    """The small voice's configuration with the ids of ``tokenizer``."""
-    return parse(ModelConfig, settings_of(tokenizer), "training/recipe.py: model_settings")
+def config_of(tokenizer: Tokenizer, *, toy: bool = False) -> ModelConfig:
+    """The small voice's configuration with the ids of ``tokenizer``; fewer layers for a ``toy``."""
+    settings = settings_of(tokenizer)
+    if toy:
+        talker = cast(dict[str, Any], settings["talker_config"])
+        predictor = {**talker["code_predictor_config"], "num_hidden_layers": 1}
+        settings["talker_config"] = {**talker, "num_hidden_layers": 4, "code_predictor_config": predictor}
+    return parse(ModelConfig, settings, "training/recipe.py: model_settings")
 
 
 def settings_of(tokenizer: Tokenizer) -> dict[str, object]:
@@ -49,189 +69,476 @@ def settings_of(tokenizer: Tokenizer) -> dict[str, object]:
     return recipe.model_settings(special, tokenizer.encode("assistant")[0])
 
 
-@torch.no_grad()
-def encode(codec: Codec, samples: list[np.ndarray]) -> list[Tensor]:
-    """The codes [T, Q] of each recording, each encoded alone, as `TTS.enroll` does."""
-    return [codec.encoder.encode(torch.from_numpy(s)[None])[0].T for s in samples]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples as ``rows`` int64 [6, B]: clip, reference clip, whether there is one, text first, language open, and
+    which spelling. They take ``n_positions`` at most, and ``n_frames`` of speech."""
 
-
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """All frames of the training set: ``codes`` [T, Q] and their acoustic ``latents`` [T, d]."""
-
-    codes: Tensor
-    latents: Tensor
-
-
-@torch.no_grad()
-def acoustic(codec: Codec, codes: Tensor) -> Tensor:
-    """The acoustic latents [T, d] that codebooks 1 and on of ``codes`` [T, Q] add up to."""
-    books = quantizer.codebooks(codec)[1:]
-    return torch.stack([book.embedding[codes[:, i + 1]] for i, book in enumerate(books)]).sum(0)
+    rows: Tensor
+    n_positions: int
+    n_frames: int
 
 
 class Examples:
-    """Everything a batch is drawn from."""
+    """An encoded set on the device, and batches drawn from it."""
 
-    def __init__(self, plans: list[Plan], speech: Frames, voices: list[np.ndarray]) -> None:
-        def stacked(name: str) -> Tensor:
-            return torch.from_numpy(np.stack([getattr(p, name) for p in plans])).long()
+    def __init__(
+        self,
+        encoded: shards.Encoded,
+        references: np.ndarray,
+        texts: dict[int, str],
+        tokenizer: Tokenizer,
+        settings: recipe.TalkerRecipe,
+        device: torch.device,
+    ) -> None:
+        def put(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
-        self.text, self.codec, self.frame, self.target = map(stacked, ("text", "codec", "frame", "target"))
-        self.speaker, self.first, self.n_frames, self.voice = map(stacked, ("speaker", "first", "n_frames", "voice"))
-        self.length = self.first + self.n_frames + 1
-        self.speech = speech
-        self.voices = [torch.from_numpy(v) for v in voices]
+        self.settings, self.device = settings, device
+        self.codes = encoded.codes.to(device, torch.int16)
+        self.words = texts
+        self.text, self.speaker, self.n_frames = (
+            np.asarray(x, np.int64) for x in (encoded.text, encoded.speaker, encoded.n_frames)
+        )
+        start = np.cumsum(self.n_frames) - self.n_frames
+        used, place = np.unique(self.text, return_inverse=True)
+        spellings = spelled(tokenizer, [texts[int(i)] for i in used])
+        lengths = np.array([[len(ids) for ids in variants] for variants in spellings], np.int64)
+        self.tokens = put(np.array([i for variants in spellings for ids in variants for i in ids], np.int16))
+        at = (np.cumsum(lengths) - lengths.flatten()).reshape(lengths.shape)
+        self.n_text = lengths[place]
+        self.on_device = {
+            name: put(x)
+            for name, x in (("at", at[place]), ("n_text", self.n_text), ("start", start), ("n_frames", self.n_frames))
+        }
+        self.speaker_on_device = put(self.speaker)
+        self.references = torch.as_tensor(references).to(device, torch.int16)
+        self.names = encoded.names
+        held = self.text % HELD_OUT_EVERY == HELD_OUT
+        self.held_out, self.trained = held.nonzero()[0], (~held).nonzero()[0]
+        counts = np.bincount(self.speaker[self.trained], minlength=len(self.names))
+        weight = counts[self.speaker[self.trained]] ** -settings.eveness
+        self.weight = weight / weight.sum()
+        short = self.trained[self.n_frames[self.trained] <= settings.n_reference]
+        self.short = short[np.argsort(self.speaker[short], kind="stable")]
+        self.n_short = np.bincount(self.speaker[short], minlength=len(self.names))
+        self.short_at = np.cumsum(self.n_short) - self.n_short
+        self.rng = np.random.default_rng(settings.seed)
 
-    def references(self, voice: int, n: int, seconds: float) -> Tensor:
-        """``n`` changed excerpts [n, N] of the recordings of ``voice``."""
-        samples, n_samples = self.voices[voice], int(seconds * data.RATE_HZ)
-        uniform = torch.rand(5, n, 1)
-        at = (0.93 + 0.14 * uniform[0]) * torch.arange(n_samples)
-        start = (uniform[1] * (len(samples) - 1.1 * n_samples - 2)).long()
-        left = start + at.long()
-        x = torch.lerp(samples[left], samples[left + 1], at - at.floor())
-        x = x + 0.5 * (uniform[2] - 0.5) * F.pad(x, (1, -1))
-        noise = 10.0 ** (-4.0 + 2.0 * uniform[3]) * torch.randn_like(x)
-        return (x + noise) * (0.4 + 0.9 * uniform[4])
+    def batches(self) -> Iterator[Batch]:
+        """Endless batches of examples of similar lengths."""
+        while True:
+            yield from self.round(self.rng.choice(self.trained, len(self.trained), p=self.weight))
+
+    def round(self, clip: np.ndarray) -> list[Batch]:
+        """Batches of one example each for ``clip``, in random order, layouts drawn by their shares."""
+        s, rng, n = self.settings, self.rng, len(clip)
+        whole, unnamed = rng.random(n) >= s.streamed, rng.random(n) < s.unnamed
+        speaker = self.speaker[clip]
+        pick = self.short_at[speaker] + (rng.random(n) * self.n_short[speaker]).astype(np.int64)
+        reference = self.short[pick.clip(max=max(len(self.short) - 1, 0))] if len(self.short) else clip
+        told = (rng.random(n) < s.in_context) & (self.n_short[speaker] > 0) & (reference != clip)
+        spelling = rng.integers(self.n_text.shape[1], size=n)
+        for _ in range(2):
+            size = self._size(clip, reference, told, whole, unnamed, spelling)
+            long = size > s.n_positions
+            whole &= ~(long & ~told)
+            told &= ~long
+        size = self._size(clip, reference, told, whole, unnamed, spelling)
+        rows = np.stack([clip, reference, told, whole, unnamed, spelling]).astype(np.int64)
+        order = np.argsort(size + 8.0 * rng.random(n))
+        order = order[size[order] <= s.n_positions]
+        cut = []
+        while len(order):
+            longest = -(-int(size[order[-256:]].max()) // 8) * 8
+            n_rows = min(max(1, s.budget // longest), len(order))
+            cut.append(self.batch(rows[:, order[-n_rows:]], longest))
+            order = order[:-n_rows]
+        return [cut[i] for i in rng.permutation(len(cut))]
+
+    def batch(self, rows: np.ndarray, n_positions: int) -> Batch:
+        """The examples ``rows`` [6, B] as a batch, still on the host."""
+        return Batch(torch.from_numpy(rows), n_positions, int(self.n_frames[rows[0]].max()))
+
+    def fixed(self, n: int, *, whole: bool) -> Batch:
+        """``n`` held-out examples, always the same ones, in one layout and without reference."""
+        clip = np.random.default_rng(0).permutation(self.held_out)[:n]
+        none, all_ = np.zeros(len(clip), np.int64), np.full(len(clip), int(whole))
+        rows = np.stack([clip, clip, none, all_, none, none])
+        size = self._size(clip, clip, none > 0, all_ > 0, none > 0, none)
+        kept = size <= self.settings.n_positions
+        return self.batch(rows[:, kept], int(size[kept].max()))
+
+    def _size(self, *drawn: np.ndarray) -> np.ndarray:
+        clip, reference, told, whole, unnamed, spelling = map(torch.from_numpy, drawn)
+        n_text, n_frames = torch.from_numpy(self.n_text), torch.from_numpy(self.n_frames)
+        ref_text, ref = n_text[reference, 0] * told, n_frames[reference] * told
+        return length(n_text[clip, spelling], n_frames[clip], ref_text, ref, whole, unnamed).numpy()
+
+    def speech(self, clip: Tensor, spelling: Tensor, present: Tensor) -> Speech:
+        """The clips [B] as the planner takes them; empty where not ``present``."""
+        d = self.on_device
+        n_text, n_frames = d["n_text"][clip, spelling] * present, d["n_frames"][clip] * present
+        return Speech(d["at"][clip, spelling], n_text, d["start"][clip], n_frames)
+
+    def excerpts(self, speaker: Tensor, n_samples: int) -> Tensor:
+        """Plain excerpts [B, n_samples] in -1..1 from the start of each speaker's reference."""
+        return self.references[speaker, :n_samples].float() / 32768.0
+
+    def changed(self, speaker: Tensor, n_samples: int) -> Tensor:
+        """Random excerpts [B, n_samples] of each speaker, changed in speed, level, colour, band, room and noise."""
+        device, n = self.device, len(speaker)
+        uniform = torch.rand(9, n, 1, device=device)
+        speed = 0.96 + 0.08 * uniform[0]
+        start = uniform[1] * (self.references.shape[1] - speed * n_samples - 2.0)
+        at = start + speed * torch.arange(n_samples, device=device)
+        left = at.long() + speaker[:, None] * self.references.shape[1]
+        flat = self.references.view(-1)
+        x = torch.lerp(flat[left].float(), flat[left + 1].float(), at - at.floor())
+        x = x / (x.square().mean(1, keepdim=True) + 1.0).sqrt()
+        hz = torch.linspace(0.0, speaker_encoder.SAMPLE_RATE_HZ / 2, n_samples // 2 + 1, device=device)
+        tilt_db = 5.0 * (uniform[2] - 0.5) * (hz.clamp(min=100.0) / 1000.0).log2()
+        edge_hz = torch.where(uniform[3] < 0.3, 6000.0 + 2000.0 * uniform[4], 1e6)
+        gain = 10.0 ** (tilt_db / 20.0) * torch.sigmoid((edge_hz - hz) / 80.0)
+        n_tail = min(n_samples, speaker_encoder.SAMPLE_RATE_HZ // 3)
+        seconds = torch.arange(n_tail, device=device) / speaker_encoder.SAMPLE_RATE_HZ
+        tail = torch.randn(n, n_tail, device=device) * torch.exp(-6.9 * seconds / (0.08 + 0.3 * uniform[5]))
+        loud = torch.where(uniform[6] < 0.3, 0.6 * uniform[6] / 0.3, 0.0)
+        tail = tail * loud / (tail.square().sum(1, keepdim=True) + 1e-6).sqrt()
+        spectrum = torch.fft.rfft(x) * gain * (1.0 + torch.fft.rfft(tail, n=n_samples))
+        x = torch.fft.irfft(spectrum, n=n_samples)
+        x = x / (x.square().mean(1, keepdim=True) + 1e-4).sqrt()
+        x = x + 10.0 ** (-3.0 + 2.2 * uniform[7]) * torch.randn_like(x)
+        out: Tensor = x * 0.06 * 10.0 ** (1.2 * (uniform[8] - 0.5))
+        return out
 
 
 class Trainer:
     """The model and one train step."""
 
-    def __init__(self, model: Model, examples: Examples, settings: recipe.TalkerRecipe) -> None:
-        self.model, self.examples, self.settings = model, examples, settings
-        speech = examples.speech
+    def __init__(
+        self, model: Model, examples: Examples, codec: Codec, tokenizer: Tokenizer, config: ModelConfig
+    ) -> None:
+        self.model, self.examples, self.settings = model, examples, examples.settings
+        self.device = device = examples.device
+        self.planner = Planner(config, tokenizer, examples.tokens)
+        hidden, n_books = config.talker_config.hidden_size, recipe.N_CODEBOOKS
+        books = torch.stack([book.embedding.detach() for book in quantizer.codebooks(codec)]).to(device)
+        self.latents = books[1:].flatten(0, 1)
         # What a hidden state says of the frame's acoustic latent, read off linearly; it is not part of the model.
-        self.readout = nn.Linear(model.talker.config.hidden_size, speech.latents.shape[1])
-        self.voices = nn.Parameter(torch.randn(len(examples.voices), model.talker.config.hidden_size))
-        self.power = speech.latents.var(0).sum()
+        self.readout = nn.Linear(hidden, books.shape[2]).to(device)
+        self.voices = nn.Parameter(torch.randn(len(examples.names), hidden, device=device))
+        self.book_rows = recipe.N_CODES * torch.arange(n_books - 1, device=device)
+        self.code_rows = stack.code_rows(model.talker, device)
+        some = torch.randint(len(examples.codes), (20_000,), device=device)
+        self.power = self.acoustic(examples.codes[some].long()).var(0).sum()
         self.parameters = [*model.parameters(), *self.readout.parameters(), self.voices]
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.linears = [m.weight for m in model.talker.model.layers.modules() if isinstance(m, nn.Linear)]
+        decoders = (model.talker.model.layers, model.talker.code_predictor.model.layers)
+        self.linears = [m.weight for layers in decoders for m in layers.modules() if isinstance(m, nn.Linear)]
+        self.clean = [w.detach().clone() for w in self.linears]
+        self.spread = [0.0] * len(self.linears)
         groups = [
-            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": self.settings.weight_decay},
             {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
-        self.noise = 0.0
-        self.report = torch.zeros(7)
-        self.unsure = torch.zeros(())
-        self.n_steps = 0
-        weight = torch.linspace(1.5, 0.5, recipe.N_CODEBOOKS - 1)
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.95), fused=fused)
+        weight = torch.linspace(1.5, 0.5, n_books - 1, device=device)
         self.book_weight = weight / weight.sum()
+        self.report = torch.zeros(len(_REPORTED), device=device)
+        self.noise, self.guidance, self.learning = 0.0, 0.0, True
+        self.n_steps = self.n_failed = self.n_failed_in_a_row = 0
+        self.autocast: AbstractContextManager[Any] = nullcontext()
+        self.seen: dict[str, Tensor] | None = None
+        """Where intermediate values are kept, by name, while a step that failed is run again."""
 
-    def vectors(self, voice: Tensor) -> Tensor:
-        """Speaker vectors [B, D] for rows of each ``voice``, from three changed excerpts a voice, with noise.
+    def acoustic(self, codes: Tensor) -> Tensor:
+        """The acoustic latents [N, d] that codebooks 1 and on of ``codes`` int64 [N, Q] add up to."""
+        return F.embedding_bag(codes[:, 1:] + self.book_rows, self.latents, mode="sum")
 
-        Leaves in ``unsure`` how far the vectors' directions are from telling the voices apart.
-        """
-        encoder, e = self.model.speaker_encoder, self.examples
+    def vectors(self, speaker: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy speaker vectors [B, D], and how far their directions are from telling the speakers apart."""
+        encoder = self.model.speaker_encoder
         assert encoder is not None
-        n_each = 1
-        samples = torch.cat([e.references(v, n_each, self.settings.reference_s) for v in range(len(e.voices))])
-        found = encoder(speaker_encoder.mel(samples))
-        likeness = 10.0 * F.normalize(found, dim=1) @ F.normalize(self.voices, dim=1).T
-        self.unsure = F.cross_entropy(likeness, torch.arange(len(e.voices)).repeat_interleave(n_each))
-        found = found[voice * n_each + torch.randint(n_each, voice.shape)]
+        n_samples = speaker_encoder.SAMPLE_RATE_HZ * int(self.examples.rng.integers(4, 9)) // 2
+        n_samples = min(n_samples, self.examples.references.shape[1] // 2)
+        samples = self.keep("samples", self.examples.changed(speaker, n_samples))
+        with torch.autocast(self.device.type, enabled=False):
+            found: Tensor = self.keep("vectors", encoder(self.keep("mel", speaker_encoder.mel(samples))))
+        likeness = 16.0 * F.normalize(found, dim=1, eps=1e-4) @ F.normalize(self.voices, dim=1, eps=1e-4).T
+        unsure = F.cross_entropy(likeness, speaker)
         scale = found.detach().square().mean(1, keepdim=True).sqrt()
-        noisy: Tensor = found + 0.1 * scale * torch.randn_like(found)
-        return noisy
+        return found + 0.1 * scale * torch.randn_like(found), unsure
 
-    def embeds(self, row: Tensor, length: int, rate: Tensor) -> Tensor:
-        """Talker inputs [B, L, D] of the plans ``row``, what is heard made unreliable (codes at ``rate`` [B, 1, 1])."""
-        e, talker = self.examples, self.model.talker
-        frame, codec = e.frame[row, :length], e.codec[row, :length]
-        heard = disturbed(e.speech.codes[self.mistaken(row, frame).clamp(min=0)], rate)
-        x = talker.embed_text(e.text[row, :length])
-        x = x + talker.embed_codec(codec.clamp(min=0)) * (codec >= 0)[..., None]
-        x = x + talker.embed_frames(heard) * (frame >= 0)[..., None]
-        at = torch.arange(length) == e.speaker[row][:, None]
-        return x + at[..., None] * self.vectors(e.voice[row])[:, None]
+    def clean_vectors(self, speaker: Tensor) -> Tensor:
+        """Speaker vectors [B, D] as at inference, from six seconds."""
+        encoder = self.model.speaker_encoder
+        assert encoder is not None
+        n_samples = min(6 * speaker_encoder.SAMPLE_RATE_HZ, self.examples.references.shape[1])
+        found: Tensor = encoder(speaker_encoder.mel(self.examples.excerpts(speaker, n_samples)))
+        return found
 
-    def mistaken(self, row: Tensor, frame: Tensor) -> Tensor:
-        """``frame`` [B, L], where in some rows speech begins with frames of another row of the batch."""
-        first = self.examples.first[row][:, None]
-        other = torch.randperm(len(row))
-        since = torch.arange(frame.shape[1]) - first - 1
-        theirs = frame[other].gather(1, (first[other] + 1 + since).clamp(0, frame.shape[1] - 1))
-        until = self.examples.n_frames[row][:, None] * torch.rand(len(row), 1)
-        swapped = (torch.rand(len(row), 1) < self.settings.mistaken) & (since >= 0) & (since <= until)
-        return torch.where(swapped & (theirs >= 0) & (frame >= 0), theirs, frame)
+    def rates(self, n: int) -> Tensor:
+        """How often heard codes are wrong, [B, 1, Q]."""
+        s = self.settings
+        rate = torch.rand(n, 1, 1, device=self.device).square() * s.replaced
+        rate = rate.expand(n, 1, recipe.N_CODEBOOKS)
+        kind = torch.rand(n, 1, 1, device=self.device)
+        later = torch.arange(recipe.N_CODEBOOKS, device=self.device) > 0
+        lost = (kind < s.deaf) | ((kind < s.deaf + s.coarse) & later)
+        return torch.where(lost, 1.0, rate)
 
-    def loss(self, row: Tensor) -> Tensor:
-        """The loss of the plans ``row``; leaves its parts in ``report``."""
-        s, e, talker = self.settings, self.examples, self.model.talker
-        length = int(e.length[row].max())
-        rate = torch.rand(len(row), 1, 1).square() * s.replaced
-        rate = torch.where(torch.rand_like(rate) < s.deaf, 1.0, rate)
-        hidden = talker.hidden(self.embeds(row, length, rate))
-        target = e.target[row, :length]
-        spoken, last = target >= 0, torch.arange(length) == (e.first + e.n_frames)[row][:, None]
-        wanted = e.speech.codes[target.clamp(min=0)][..., 0]
-        wanted = torch.where(last, talker.config.codec_eos_token_id, wanted)[spoken | last]
-        logits = talker.codec_head(hidden[spoken | last])
-        first = F.cross_entropy(logits, wanted)
-        states, frames = hidden[spoken], target[spoken]
-        unlike = (self.readout(states) - e.speech.latents[frames]).square().sum(-1).mean() / self.power
-        chosen = torch.randperm(len(frames))[: s.n_frames * len(row)]
-        codes = e.speech.codes[frames[chosen]]
-        given = disturbed(codes, 0.1 * torch.rand(len(codes), 1).square())
-        force = talker.code_predictor.force
-        guessed = force(states[chosen], talker.embed_codec(given[:, 0]), given[:, 1:])
-        each = F.cross_entropy(guessed.transpose(1, 2), codes[:, 1:], reduction="none").mean(0)
-        right = (logits.argmax(-1) == wanted).float().mean()
-        now = torch.stack([first, right, unlike, each[0], each[4], each.mean(), self.unsure]).detach()
+    def embeds(self, plan: Plan, rate: Tensor, vectors: Tensor) -> Tensor:
+        """Talker inputs [B, L, D]: text, control ids, frames heard with codes wrong at ``rate``, and the speaker."""
+        talker = self.model.talker
+        words = talker.text_projection(talker.model.text_embedding.weight)
+        tables = torch.cat((words.float(), stack.code_tables(talker)))
+        nothing = len(tables)
+        tables = torch.cat((tables, tables.new_zeros(1, tables.shape[1])))
+        heard = self.examples.codes[plan.frame.clamp(min=0)].long()
+        # The reference is heard well: it tells the voice.
+        heard = disturbed(heard, torch.where(plan.own[..., None], rate, 0.05))
+        heard = torch.where(plan.frame[..., None] >= 0, heard + self.code_rows + len(words), nothing)
+        codec = torch.where(plan.codec >= 0, plan.codec + len(words), nothing)
+        index = torch.cat((plan.text[..., None], codec[..., None], heard), dim=-1)
+        x = F.embedding_bag(index.flatten(0, 1), tables, mode="sum", padding_idx=nothing).view(*index.shape[:2], -1)
+        at = torch.arange(x.shape[1], device=self.device) == plan.speaker[:, None]
+        return x + at[..., None] * vectors[:, None]
+
+    def spoken(self, batch: Batch, rate: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+        """The parts of the loss of ``batch``, and what else its two judges need. F = most frames + 1."""
+        e, s, talker = self.examples, self.settings, self.model.talker
+        clip, reference, told, whole, unnamed, spelling = batch.rows.to(self.device)
+        said = e.speech(clip, spelling, torch.ones_like(clip))
+        plan = self.planner.plan(
+            said, e.speech(reference, torch.zeros_like(spelling), told), whole > 0, unnamed > 0, batch.n_positions
+        )
+        x = self.keep("embeds", self.embeds(plan, rate, vectors))
+        hidden, heads = stack.states(talker.model, x, s.guided_layers, s.dropout if self.learning else 0.0)
+        time_ = torch.arange(batch.n_frames + 1, device=self.device)
+        n = said.n_frames[:, None]
+        at = (plan.first[:, None] + time_).clamp(max=batch.n_positions - 1)
+        spoken, last = time_ < n, time_ == n
+        state = self.keep("state", hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1])))
+        codes = e.codes[(said.start[:, None] + time_).clamp(max=len(e.codes) - 1)].long()
+        wanted = torch.where(spoken, codes[..., 0], _IGNORED)
+        wanted = torch.where(last, talker.config.codec_eos_token_id, wanted)
+        logits = self.keep("logits", talker.codec_head(state).float())
+        each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=_IGNORED)
+        found = {
+            "logits": logits, "each": each.view_as(wanted), "wanted": wanted, "spoken": spoken, "last": last,
+            "state": state, "codes": codes, "n": said.n_frames,
+        }  # fmt: skip
+        if self.guidance and self.learning:
+            pace = (time_ + 0.5) / n
+            place = torch.arange(batch.n_positions, device=self.device) - plan.spoken[:, None]
+            share = (place + 0.5) / said.n_text[:, None]
+            welcome = -((share[:, None] - pace[..., None]) / s.guided_width).square() / 2.0
+            ours = (place >= 0) & (place < said.n_text[:, None])
+            welcome = torch.where(ours[:, None], welcome, -30.0).clamp(min=-30.0)
+            strays = [stack.strayed(head, at, welcome, spoken.float()) for head in heads]
+            found["stray"] = self.keep("stray", torch.stack(strays).mean())
+        return found
+
+    def residual(self, found: dict[str, Tensor], n: int, rate: Tensor) -> Tensor:
+        """The cross-entropy [Q - 1] of codebooks 1 on in ``n`` random frames a row, given codes wrong at ``rate``."""
+        talker = self.model.talker
+        row = torch.arange(len(found["n"]), device=self.device).repeat_interleave(n)
+        frame = (torch.rand(len(row), device=self.device) * found["n"][row]).long()
+        codes = found["codes"][row, frame]
+        given = disturbed(codes, rate * torch.rand(len(row), 1, device=self.device).square())
+        embedded = F.embedding(given[:, :-1] + self.code_rows[:-1], stack.code_tables(talker))
+        guessed = stack.force(talker.code_predictor, found["state"][row, frame], embedded)
+        guessed = self.keep("guessed", guessed.float())
+        each = F.cross_entropy(guessed.transpose(1, 2), codes[:, 1:], reduction="none")
+        return each.mean(0)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of ``batch``; leaves its parts in ``report``."""
+        s = self.settings
+        speaker = self.examples.speaker_on_device[batch.rows[0].to(self.device)]
+        with self.autocast:
+            vectors, unsure = self.vectors(speaker)
+            found = self.spoken(batch, self.rates(len(speaker)), vectors)
+            spoken, last = found["spoken"], found["last"]
+            weight = spoken + s.stop_weight * last
+            first = (found["each"] * weight).sum() / weight.sum()
+            latents = self.acoustic(found["codes"].flatten(0, 1)).view(*spoken.shape, -1)
+            miss = (self.readout(found["state"]).float() - latents).square().sum(-1)
+            unlike = (miss * spoken).sum() / spoken.sum() / self.power
+            each = self.residual(found, s.n_frames, torch.tensor(0.1, device=self.device))
+        stray = found.get("stray", first.detach() * 0.0)
+        right = ((found["logits"].argmax(-1) == found["wanted"]) & spoken).sum() / spoken.sum()
+        now = torch.stack([first, right, unlike, each[0], each[4], each.mean(), unsure, stray]).detach()
+        now = now.nan_to_num(1e3, 1e3, 1e3)
         self.report = now if not self.n_steps else self.report.lerp(now, 0.05)
-        total: Tensor = first + 3.0 * unlike + 2.0 * (each * self.book_weight).sum() + 0.5 * self.unsure
+        rest = 2.0 * unlike + 2.0 * (each * self.book_weight).sum() + 0.5 * unsure + self.guidance * stray
+        # What is said hangs on codebook 0 alone.
+        total: Tensor = 2.0 * first + rest
         return total
 
-    def step(self, row: Tensor) -> None:
-        """One train step on the plans ``row``, with noisy linears. Raises FloatingPointError for a loss not finite."""
+    def step(self, batch: Batch) -> None:
+        """One train step on ``batch``, with noisy linears. A step whose loss or gradient is not finite is told and left
+        out; five of them in a row raise FloatingPointError."""
         with torch.no_grad():
-            noise = [torch.randn_like(w) * (self.noise * w.std()) for w in self.linears]
-            torch._foreach_add_(self.linears, noise)
-        loss = self.loss(row)
-        if not bool(loss.isfinite()):
-            raise FloatingPointError(f"step {self.n_steps}: the loss is {float(loss)}")
+            self.disturb()
+        loss = self.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            torch._foreach_sub_(self.linears, noise)
-            self.reduce()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            torch._foreach_copy_(self.linears, self.clean)
+            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            if not bool(norm.isfinite() & loss.isfinite()):
+                self.fail(batch, float(loss))
+                return
             self.optimizer.step()
             decay = min(self.settings.ema_decay, (1.0 + self.n_steps) / (10.0 + self.n_steps))
             torch._foreach_lerp_(self.ema, list[Tensor](self.parameters), 1.0 - decay)
         self.n_steps += 1
+        self.n_failed_in_a_row = 0
 
-    def reduce(self) -> None:
-        """The mean of the gradients over all processes."""
-        if dist.is_initialized():
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            means = torch.split(flat, [g.numel() for g in gradients])
-            torch._foreach_copy_(gradients, [f.view_as(g) for f, g in zip(means, gradients, strict=True)])
+    def disturb(self) -> None:
+        """Adds noise to the linears; ``clean`` keeps what they were."""
+        torch._foreach_copy_(self.clean, self.linears)
+        if self.n_steps % 100 == 0:
+            self.spread = torch.stack([w.std() for w in self.linears]).tolist()
+        drawn = torch.randn(sum(w.numel() for w in self.linears), device=self.device)
+        pieces = torch.split(drawn, [w.numel() for w in self.linears])
+        noise = [piece.view_as(w) for piece, w in zip(pieces, self.linears, strict=True)]
+        torch._foreach_mul_(noise, [self.noise * spread for spread in self.spread])
+        torch._foreach_add_(self.linears, noise)
 
-    def pace(self, share: float) -> None:
-        """Learning rate and weight noise at a ``share`` 0..1 of the run."""
-        factor = min(1.0, (self.n_steps + 1) / 60) * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share))))
+    def fail(self, batch: Batch, loss: float) -> None:
+        """Tells where the numbers of a failed step went wrong, as far as a second run of its batch shows it."""
+        self.n_failed, self.n_failed_in_a_row = self.n_failed + 1, self.n_failed_in_a_row + 1
+        names = [*(n for n, _ in self.model.named_parameters()), "readout.weight", "readout.bias", "voices"]
+        named = list(zip(names, self.parameters, strict=True))
+        bad = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
+        worse = [n for n, p in named if not bool(p.isfinite().all())]
+        self.seen = {}
+        with torch.no_grad():
+            self.loss(batch)
+        strange = [n for n, x in self.seen.items() if not bool(x.isfinite().all())]
+        self.seen = None
+        shape = (batch.rows.shape[1], batch.n_positions, batch.n_frames)
+        print(
+            f"step {self.n_steps}: loss {loss}, batch {shape}; not finite: values {strange}, weights {worse[:5]}, "
+            f"gradients of {len(bad)}: {bad[:5]} ... {bad[-3:]}",
+            flush=True,
+        )
+        if self.n_failed_in_a_row >= 5:
+            raise FloatingPointError("five steps in a row were not finite")
+
+    def keep(self, name: str, value: Tensor) -> Tensor:
+        """``value``, kept under ``name`` while a failed step is run again."""
+        if self.seen is not None:
+            self.seen[name] = value.detach()
+        return value
+
+    def pace(self, elapsed_s: float) -> None:
+        """Sets learning rate, weight noise and guidance for a moment of the run."""
+        s = self.settings
+        share = min(1.0, elapsed_s / s.total_s)
+        rate = min(1.0, (elapsed_s + 0.5) / s.warmup_s) * (0.02 + 0.49 * (1.0 + math.cos(math.pi * share)))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * factor
-        self.noise = self.settings.weight_noise * min(1.0, share / 0.3)
+            group["lr"] = s.lr * rate
+        self.noise = s.weight_noise * min(1.0, 2.0 * share)
+        self.guidance = s.guidance * max(0.0, 1.0 - 2.0 * share)
 
     def averaged(self) -> dict[str, Tensor]:
         """The model's state with the running mean of its parameters."""
         names = [name for name, _ in self.model.named_parameters()]
         return {**self.model.state_dict(), **dict(zip(names, self.ema, strict=False))}
 
+    @contextmanager
+    def as_averaged(self) -> Iterator[None]:
+        """Within, the model has the running mean of its parameters, and learns nothing."""
+        own = [p.detach().clone() for p in self.parameters]
+        self.learning = False
+        with torch.no_grad():
+            torch._foreach_copy_(list[Tensor](self.parameters), self.ema)
+        try:
+            yield
+        finally:
+            self.learning = True
+            with torch.no_grad():
+                torch._foreach_copy_(list[Tensor](self.parameters), own)
+
+    @torch.no_grad()
+    def judged(self, n: int) -> dict[str, float]:
+        """Cross-entropies in nats and accuracies on ``n`` held-out examples in each layout, with the true history and
+        with a random one (deaf). ``probe``: what is known of codebook 0 beyond how often each of its codes comes."""
+        counts = torch.bincount(self.examples.codes[:, 0].long(), minlength=recipe.N_CODES).double()
+        share = counts / counts.sum()
+        unigram = float(-(share * (share + 1e-12).log()).sum())
+        values: dict[str, float] = {"unigram": unigram}
+        with self.as_averaged():
+            for layout in ("stream", "whole"):
+                batch = self.examples.fixed(n, whole=layout == "whole")
+                vectors = self.clean_vectors(self.examples.speaker_on_device[batch.rows[0].to(self.device)])
+                for kind in ("true", "deaf"):
+                    found = self.spoken(batch, torch.tensor(float(kind == "deaf"), device=self.device), vectors)
+                    spoken, last, each = found["spoken"], found["last"], found["each"]
+                    right = (found["logits"].argmax(-1) == found["wanted"]) & spoken
+                    name = f"{layout} {kind}"
+                    values[name] = float((each * spoken).sum() / spoken.sum())
+                    values[f"{name} right"] = float(right.sum() / spoken.sum())
+                    values[f"{name} stop"] = float((each * last).sum() / last.sum())
+                    if kind == "true":
+                        rest = self.residual(found, 4, torch.tensor(0.0, device=self.device))
+                        values[f"{name} rest"] = float(rest.mean())
+                values[f"{layout} probe"] = unigram - values[f"{layout} true"]
+        return values
+
+    def said(self, engine: Engine, n: int, out: Path, *, temperature: float = 0.6) -> dict[str, float]:
+        """Lets the model say ``n`` held-out sentences, writes OUT/said.safetensors; how many stopped, and how long.
+
+        Half with streamed text, half with the text first; in the voices of the held-out clips.
+        """
+        e = self.examples
+        clips = np.random.default_rng(0).permutation(e.held_out)[:n]
+        limit = 2 * int(e.n_frames[clips].max()) + 20
+        sampling = Sampling(temperature, 50, 1.0, 1.0)
+        with self.as_averaged(), torch.inference_mode():
+            vectors = self.clean_vectors(e.speaker_on_device[torch.from_numpy(clips).to(self.device)]).cpu()
+            prompts = []
+            for i, (clip, vector) in enumerate(zip(clips, vectors, strict=True)):
+                layout: Layout = "stream" if i % 2 == 0 else "whole"
+                text = e.words[int(e.text[clip])]
+                voice = Voice(name=e.names[int(e.speaker[clip])], speaker=vector)
+                prompts.append(engine.tts.prompt(Utterance(text, "english", voice, layout=layout)))
+            frames = list(engine.frames(prompts, list(range(n))[: len(prompts)], Knobs(sampling, sampling, limit)))
+        codes = torch.stack(frames, dim=1).cpu()
+        n_said = (codes[..., 0] != ENDED).sum(1)
+        ratio = n_said.double() / torch.from_numpy(e.n_frames[clips])
+        kept = torch.cat([c[:k] for c, k in zip(codes, n_said.tolist(), strict=True)]).to(torch.int16)
+        numbers = {"text": torch.from_numpy(e.text[clips]), "speaker": torch.from_numpy(e.speaker[clips])}
+        with aside(out / "said.safetensors") as path:
+            save_file({"codes": kept, "n_frames": n_said, **numbers}, path)
+        ended = float((n_said < len(frames)).double().mean()) if len(frames) == limit else 1.0
+        return {"stopped": ended, "longer": float(ratio.mean()), "longest": float(ratio.max())}
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` once all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    yield beside
+    beside.replace(path)
+
+
+def save(trainer: Trainer, out: Path, name: str = "talker") -> None:
+    """Writes OUT/``name``-*.safetensors, whole files only."""
+    for path in parts.write(out / "part", name, trainer.averaged(), torch.bfloat16):
+        path.replace(out / path.name)
+
 
 def disturbed(codes: Tensor, rate: Tensor) -> Tensor:
     """``codes`` [..., Q] with a share ``rate`` of them replaced by any code."""
-    wrong = torch.rand(codes.shape) < rate
-    return torch.where(wrong, torch.randint(recipe.N_CODES, codes.shape), codes)
+    wrong = torch.rand(codes.shape, device=codes.device) < rate
+    return torch.where(wrong, torch.randint(recipe.N_CODES, codes.shape, device=codes.device), codes)
 
 
 def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
@@ -240,7 +547,7 @@ def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
     Text embeddings through two layers of small weights would be a thousandth of the codes they are added to: the model
     then learns its sentences from their first frames, and its text never.
     A code's embedding and its row in the head lie where its codebook vector lies, in one 64-dimensional subspace
-    for all codebooks: what the first layers would have to find out about each of 8,192 codes is true at the start.
+    for all codebooks: what the first layers would have to find out about each of 6,144 codes is true at the start.
     """
     talker = model.talker
     for name, parameter in talker.named_parameters():
@@ -264,156 +571,161 @@ def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
             tables.append((embedding.weight, head.weight, axes))
         top = books[1].square().mean().sqrt()
         for (table, rows, where), book in zip(tables, books, strict=True):
-            size = book.square().mean().sqrt()
+            size = book.square().mean().sqrt().clamp(min=1e-6)
             table[: len(book)] += 0.1 * (book / size) @ where * (size / top).clamp(max=1.0).sqrt()
             rows[: len(book)] += 0.1 * (book / size) @ where
 
 
-@torch.no_grad()
-def keep_codes(model: Model, earlier: dict[str, Tensor]) -> None:
-    """Takes over what an earlier run knows of codes and voices, and starts anew with text and the talker's layers.
-
-    A run that was told true frames leans on them and never learns to read. Text starts twice as loud as heard frames.
-    """
-    anew = ("talker.model.layers.", "talker.model.norm.", "talker.model.text_embedding.", "talker.text_projection.")
-    kept = {name: value.float() for name, value in earlier.items() if not name.startswith(anew)}
-    model.load_state_dict({**model.state_dict(), **kept})
-    talker = model.talker
-    nn.init.normal_(talker.model.text_embedding.weight)
-    for linear in (talker.text_projection.linear_fc1, talker.text_projection.linear_fc2):
-        nn.init.normal_(linear.weight, std=1.5 * linear.in_features**-0.5)
-    heard = talker.embed_frames(torch.randint(recipe.N_CODES, (256, recipe.N_CODEBOOKS)))
-    read = talker.embed_text(torch.arange(256))
-    talker.text_projection.linear_fc2.weight *= 2.0 * heard.std() / read.std()
+def read_set(folder: Path) -> tuple[shards.Encoded, np.ndarray]:
+    """The encoded set in ``folder`` and its speakers' references [S, N]; clips of speakers without one are left out."""
+    encoded, samples = shards.read(folder), shards.read_references(folder)
+    names = json.loads((folder / "references.json").read_text("utf-8"))
+    kept = torch.tensor([name in names for name in encoded.names])[encoded.speaker.long()]
+    places = [names.index(name) if name in names else 0 for name in encoded.names]
+    if bool(kept.all()):
+        return encoded, samples[places]
+    print(f"{int((~kept).sum())} clips have no reference recording of their speaker and are left out", flush=True)
+    frames = kept.repeat_interleave(encoded.n_frames.long())
+    fields = {name: getattr(encoded, name)[kept] for name in ("text", "speaker", "n_frames")}
+    return dataclasses.replace(encoded, codes=encoded.codes[frames], **fields), samples[places]
 
 
-def make_plans(planner: Planner, clips: list[Speech], seed: int) -> list[list[Plan]]:
-    """Plans by kind: text streamed, text first, and cloned in context; with the language named and not."""
-    random_ = random.Random(seed)
-    by_voice = {v: [c for c in clips if c.voice == v] for v in {c.voice for c in clips}}
-    layouts: tuple[Layout, ...] = ("stream", "whole")
-    kinds = [
-        [planner.plan(c, language, layout) for c in clips for language in ("english", "auto")] for layout in layouts
-    ]
-    kinds.append(
-        [
-            planner.plan(c, random_.choice(("english", "auto")), layout, random_.choice(by_voice[c.voice]))
-            for c in clips
-            for layout in layouts
-        ]
-    )
-    return [[p for p in kind if p is not None] for kind in kinds]
+def read_texts(path: Path) -> dict[int, str]:
+    """The training sentences by number."""
+    rows = (json.loads(line) for line in path.read_text("utf-8").splitlines())
+    return {int(row["id"]): row["text"] for row in rows}
 
 
-def batches(examples: Examples, kinds: list[range], settings: recipe.TalkerRecipe) -> Iterator[Tensor]:
-    """Endless batches of plan indices, each of one kind and of similar lengths; kinds by their shares."""
-    shares = torch.tensor(settings.shares)
-    queues: list[list[Tensor]] = [[] for _ in kinds]
-    while True:
-        kind = int(torch.multinomial(shares, 1))
-        if not queues[kind]:
-            index = torch.tensor(kinds[kind])
-            length = examples.length[index] + 6.0 * torch.rand(len(index))
-            # Half of the plans of a kind say the same as the other half: one of each two is enough for a round.
-            index = index[length.argsort()][torch.randint(2, (1,)) :: 2]
-            queues[kind] = list(torch.split(index, settings.batch))
-            random.shuffle(queues[kind])
-        yield queues[kind].pop()
+def run(trainer: Trainer, engine: Engine, out: Path, n_judged: int) -> None:
+    """Trains until the recipe's seconds are over; saves every minute and at the end."""
+    total_s = trainer.settings.total_s
+    batches = trainer.examples.batches()
+    begun = time.monotonic()
+    every = (50, 400) if trainer.device.type == "cuda" else (5, 25)
+    saved_s, said_s, elapsed, told, best = 0.0, 0.0, 0.0, -1, math.inf
+    out.mkdir(parents=True, exist_ok=True)
+    curve = (out / "curve.jsonl").open("a", encoding="utf-8")
+
+    def tell(kind: str, values: dict[str, float]) -> None:
+        line = {"kind": kind, "step": trainer.n_steps, "seconds": round(elapsed, 1)}
+        curve.write(json.dumps(line | {k: round(v, 4) for k, v in values.items()}) + "\n")
+        curve.flush()
+        words = ", ".join(f"{k} {v:.3f}" for k, v in values.items())
+        print(f"{elapsed:.0f} s, step {trainer.n_steps}, {kind}: {words}", flush=True)
+
+    def check(*, last: bool = False) -> None:
+        nonlocal best
+        try:
+            values = trainer.judged(n_judged)
+            tell("held out", values)
+            found = sum(values[f"{layout} {kind}"] for layout in ("stream", "whole") for kind in ("true", "deaf"))
+            if found < best and elapsed > 0.4 * total_s:
+                best = found
+                save(trainer, out, "best")
+            if last or elapsed > said_s + 120.0:
+                tell("said", trainer.said(engine, 16 if last else 8, out))
+        except Exception:
+            # Whatever is wrong with a look at the model must not cost the model.
+            traceback.print_exc()
+
+    while (elapsed := time.monotonic() - begun) < total_s:
+        trainer.pace(elapsed)
+        trainer.step(next(batches))
+        if trainer.n_steps == told:
+            continue
+        told = trainer.n_steps
+        if told % every[0] == 0 or told == 1:
+            values = dict(zip(_REPORTED, trainer.report.tolist(), strict=True))
+            tell("trained", values | {"ms a step": 1e3 * elapsed / told, "failed": float(trainer.n_failed)})
+        if told % every[1] == 0:
+            check()
+            if elapsed > said_s + 120.0:
+                said_s = elapsed
+        if elapsed > saved_s + 60.0:
+            saved_s = elapsed
+            save(trainer, out)
+    save(trainer, out)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else 0.0
+    print(f"done: {trainer.n_steps} steps in {elapsed:.0f} s, {peak:.1f} GiB", flush=True)
+    check(last=True)
 
 
-def main() -> None:
-    """Encodes, trains and saves."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--set", type=Path, required=True, help="the folder of the encoded set")
+    parser.add_argument("--texts", type=Path, required=True, help="texts.jsonl")
     parser.add_argument("--codec", type=Path, required=True, help="FOLDER/NAME of the trained codec's parts")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sentences", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=2700.0)
+    parser.add_argument("--seconds", type=float, default=780.0)
     parser.add_argument("--resume", type=Path, help="FOLDER/NAME of earlier talker parts to start from")
-    parser.add_argument("--anew", action="store_true", help="with --resume: text and the talker's layers start anew")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
+    parser.add_argument("--device", help="by default the GPU, where there is one")
+    parser.add_argument("--budget", type=int, help="positions in a step")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--dropout", type=float)
+    parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder stack")
+    parser.add_argument("--toy", action="store_true", help="fewer layers and tiny steps, on a CPU")
+    return parser.parse_args()
+
+
+def _device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # Its backward pass has made NaN of finite numbers on Hopper.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+    return device
+
+
+def main() -> None:
+    """Reads, trains and saves."""
+    args = _arguments()
+    begun = time.monotonic()
+    device = _device(args.device)
     settings = recipe.TalkerRecipe(total_s=args.seconds)
+    if args.toy:
+        settings = dataclasses.replace(settings, budget=1200, n_frames=3)
+    chosen = {"budget": args.budget, "lr": args.lr, "dropout": args.dropout}
+    settings = dataclasses.replace(settings, **{k: v for k, v in chosen.items() if v is not None})
     torch.manual_seed(settings.seed)
-    random.seed(settings.seed)
-    clips = data.paired_clips(args.data, args.sentences)
-    samples = data.read_clips(args.data, clips)
+    tokenizer = Tokenizer.load(args.tokenizer)
+    config = config_of(tokenizer, toy=args.toy)
+    encoded, references = read_set(args.set)
+    examples = Examples(encoded, references, read_texts(args.texts), tokenizer, settings, device)
     codec = Codec(recipe.codec_config())
     codec.load_state_dict(parts.read(args.codec.parent, args.codec.name))
-    codes = encode(codec.eval(), samples)
-    print(f"{len(clips)} clips, {sum(map(len, codes))} frames, list {data.list_sha256(clips)}", flush=True)
-    speeches, start = [], 0
-    for clip, frames in zip(clips, codes, strict=True):
-        speeches.append(Speech(clip.text, data.VOICES.index(clip.voice), start, len(frames)))
-        start += len(frames)
-    tokenizer = Tokenizer.load(args.tokenizer)
-    config = config_of(tokenizer)
-    kinds = make_plans(Planner(config, tokenizer, settings.n_positions), speeches, settings.seed)
-    ends = np.cumsum([0, *map(len, kinds)]).tolist()
-    ranges = [range(a, b) for a, b in itertools.pairwise(ends)]
-    voices = [np.concatenate([s for s, c in zip(samples, clips, strict=True) if c.voice == v]) for v in data.VOICES]
-    joined = torch.cat(codes)
-    examples = Examples([p for kind in kinds for p in kind], Frames(joined, acoustic(codec, joined)), voices)
     model = Model(config)
-    trainer = Trainer(model.train(), examples, settings)
-    initialise(model, trainer.readout, codec)
+    readout = nn.Linear(config.talker_config.hidden_size, codec.encoder.config.codebook_dim)
+    initialise(model, readout, codec)
     if args.resume:
-        earlier = parts.read(args.resume.parent, args.resume.name)
-        if args.anew:
-            keep_codes(model, earlier)
-        else:
-            model.load_state_dict(earlier)
-    if "RANK" in os.environ:
-        join(trainer)
-    for average, parameter in zip(trainer.ema, trainer.parameters, strict=True):
-        average.copy_(parameter.detach())
+        model.load_state_dict(parts.read(args.resume.parent, args.resume.name))
+    trainer = Trainer(model.train().to(device), examples, codec, tokenizer, config)
+    with torch.no_grad():
+        trainer.readout.load_state_dict(readout.state_dict())
+        torch._foreach_copy_(trainer.ema, list[Tensor](trainer.parameters))
+    if device.type == "cuda":
+        stack.settle(model.talker, device)
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    if args.bf16:
+        trainer.autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+    if args.compile:
+        stack.states = torch.compile(stack.states, dynamic=True)
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
-    print(f"plans {[len(k) for k in kinds]}; parameters {sizes}", flush=True)
-    run(trainer, batches(examples, ranges, settings), args.out)
-
-
-def join(trainer: Trainer) -> None:
-    """Joins the other processes: the same model everywhere, other batches."""
-    dist.init_process_group("gloo")
-    for parameter in trainer.parameters:
-        dist.broadcast(parameter.data, 0)
-    torch.manual_seed(trainer.settings.seed + dist.get_rank())
-    random.seed(trainer.settings.seed + dist.get_rank())
-
-
-def agreed(seconds: float) -> float:
-    """The first process's ``seconds``, on every process."""
-    if not dist.is_initialized():
-        return seconds
-    clock = torch.tensor([seconds])
-    dist.broadcast(clock, 0)
-    return float(clock)
-
-
-def run(trainer: Trainer, rows: Iterator[Tensor], out: Path) -> None:
-    """Trains until the recipe's seconds are over; saves every five minutes and at the end."""
-    begun, total_s, saved_s = time.monotonic(), trainer.settings.total_s, 0.0
-    leads = not dist.is_initialized() or dist.get_rank() == 0
-    while (elapsed := agreed(time.monotonic() - begun)) < total_s:
-        trainer.pace(elapsed / total_s)
-        trainer.step(next(rows))
-        if trainer.n_steps % 50 == 0 and leads:
-            first, right, unlike, one, five, rest, unsure = trainer.report.tolist()
-            print(
-                f"{elapsed:.0f} s, step {trainer.n_steps}: codebook 0 {first:.3f} nat ({right:.1%} right), "
-                f"latent {unlike:.3f}, codebook 1 {one:.3f}, 5 {five:.3f}, mean of all {rest:.3f}, voices {unsure:.2f}",
-                flush=True,
-            )
-        if elapsed > saved_s + 300.0 and leads:
-            saved_s = elapsed
-            parts.write(out, "talker", trainer.averaged(), torch.bfloat16)
-    if not leads:
-        return
-    print(f"done: {trainer.n_steps} steps in {elapsed:.0f} s", flush=True)
-    parts.write(out, "talker", trainer.averaged(), torch.bfloat16)
+    hours, frames = len(examples.codes) / 12.5 / 3600.0, float(examples.n_frames.mean())
+    print(
+        f"{len(examples.text)} clips, {hours:.2f} h, {frames:.0f} frames and {examples.n_text[:, 0].mean():.1f} "
+        f"text ids each, {len(examples.names)} speakers, {len(examples.held_out)} clips held out; parameters {sizes}; "
+        f"ready after {time.monotonic() - begun:.0f} s",
+        flush=True,
+    )
+    where = SimpleNamespace(config=config, path=Path("no-checkpoint"))
+    engine = Engine(TTS(cast(Checkpoint, where), model, cast(Codec, None), tokenizer))
+    run(trainer, engine, args.out, 16 if args.toy else 96)
 
 
 if __name__ == "__main__":

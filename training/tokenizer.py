@@ -1,6 +1,6 @@
-"""The small voice's text tokenizer: a byte-level BPE learned from the corpus texts, in Qwen2's files.
+"""The small voice's text tokenizer: a byte-level BPE learned from the training sentences, in Qwen2's files.
 
-python -m training.tokenizer --data .data --out VOICE_FOLDER
+python -m training.tokenizer --texts .data/texts.jsonl --out VOICE_FOLDER
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
+from quaver import text
 from quaver.text import QWEN2_SPLIT
-from training import data
 
-N_LEARNED = 1000
+N_LEARNED = 700
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>")
 _ROLES = ("assistant", "user")
 """Each role must be one token: the official code cuts fixed numbers of ids off a prompt."""
@@ -62,13 +62,36 @@ def write(tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
     return ids
 
 
+def spelled(tokenizer: text.Tokenizer, texts: list[str], n: int = 4, dropout: float = 0.1) -> list[list[list[int]]]:
+    """The ids of each text, as it will be read and in ``n`` - 1 other spellings, merges left out at random.
+
+    A rare word is read by its pieces: the model must know them from more words than those they come from unbroken
+    (BPE-dropout, Provilkov et al. 2020).
+    """
+    backend = tokenizer._backend
+    model = backend.model
+    found = [[e.ids] for e in backend.encode_batch(texts)]
+    model.dropout = dropout
+    try:
+        for _ in range(n - 1):
+            for variants, encoded in zip(found, backend.encode_batch(texts), strict=True):
+                variants.append(encoded.ids)
+    finally:
+        model.dropout = None
+    return found
+
+
 def main() -> None:
     """Learns and writes the tokenizer."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    print(write(learn([clip.text for clip in data.read_manifest(args.data)]), args.out))
+    texts = [json.loads(line)["text"] for line in args.texts.read_text("utf-8").splitlines()]
+    tokenizer = learn(texts)
+    print(write(tokenizer, args.out))
+    n_ids = sum(len(e.ids) for e in tokenizer.encode_batch(texts))
+    print(f"{sum(map(len, texts)) / n_ids:.2f} characters an id")
 
 
 if __name__ == "__main__":
