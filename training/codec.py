@@ -1,10 +1,17 @@
 """Train the codec: samples to 16 codes a frame and back, on one GPU or several of one host.
 
-    torchrun --nproc-per-node=2 -m training.codec --data .data --out OUT --state STATE
+    torchrun --nproc-per-node=2 -m training.codec --data FOLDER --codec PARTS --out OUT --seconds 490
+    python -m training.codec --polish --data FOLDER --set SET --codec PARTS --out OUT --seconds 800
 
-Reads every training clip of the corpus and the crossed clips (the voices of the small model are drawn more often) and
-writes OUT/codec-*.safetensors (see `training.parts`). `--resume` goes on from such parts. A whole train step is two
-CUDA graphs with one all-reduce of gradients between them. On a CPU the same step runs uncaptured, for tests (`--toy`).
+FOLDER is what `training.phonetic distil` wrote. PARTS are codec-end parts (see `training.parts`) to start from: with
+as many codes as now, training goes on; with another number, encoder and decoder are kept, codebook 0 is learnt anew
+as what is said, and coding begins after a warm-up. OUT gets codec-half, codec-late and codec-end parts.
+
+`--polish` trains the decoder alone, on codes that keep their meaning: also of synthesized sets, and on one GPU. It
+writes codec-polished parts every two minutes.
+
+A whole train step is two CUDA graphs with one all-reduce of gradients between them. On a CPU the same step runs
+uncaptured, for tests (`--toy`).
 """
 
 from __future__ import annotations
@@ -23,39 +30,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quaver.model.codec_encoder import Codec
-from training import data, parts, quantizer, recipe
+from training import data, parts, phonetic, quantizer, recipe
 from training.losses import Discriminators, MelDistance
+from training.pool import Crops, Pool, from_corpus, from_set
 
-_REPORTED = ("mel", "wave", "commit", "own", "adv", "match", "narrow", "spread", "loss")
-
-
-class Crops:
-    """Random crops of the clips, drawn on the device: start offsets into one long recording a voice after the other."""
-
-    def __init__(
-        self, clips: list[data.Clip], samples: list[np.ndarray], often: tuple[str, ...], device: torch.device
-    ) -> None:
-        order = sorted(range(len(clips)), key=lambda i: clips[i].voice)
-        starts, offset = [], 0
-        for i in order:
-            starts += [offset] * (5 if clips[i].voice in often else 1)
-            offset += len(samples[i])
-        joined = np.concatenate([samples[i] for i in order])
-        self.samples = torch.from_numpy((joined * 32767.0).clip(-32768, 32767).astype(np.int16)).to(device)
-        self.starts = torch.tensor(starts, device=device)
-
-    def draw(self, batch: int, n_samples: int) -> Tensor:
-        """Samples [batch, n_samples]: half begin where a clip begins, half anywhere up to two seconds later."""
-        device = self.samples.device
-        start = self.starts[torch.randint(len(self.starts), (batch,), device=device)]
-        later = torch.randint(2 * data.RATE_HZ, (batch,), device=device)
-        start = start + later * torch.randint(2, (batch,), device=device)
-        start = start.clamp(max=len(self.samples) - n_samples)
-        crops = self.samples[start[:, None] + torch.arange(n_samples, device=device)]
-        gain = 0.7 + 0.5 * torch.rand(batch, 1, device=device)
-        return crops.float() / 32767.0 * gain
+_REPORTED = ("mel", "wave", "commit", "own", "adv", "match", "narrow", "spread", "loss", "r2", "r2-coded")
+_ODD_STEPS = 100
+"""So many steps may give gradients that are not finite, and are not taken; more end the run."""
 
 
 def excerpts(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,24 +57,59 @@ def initialise(codec: Codec) -> None:
             nn.init.constant_(parameter, 0.1)
 
 
-class Trainer:
-    """The codec, its discriminators and the two halves of a train step."""
+def unexplained(found: Tensor, crops: Crops, power: Tensor) -> Tensor:
+    """The share of the targets' power that ``found`` [B, T, d >= K] misses; dimensions beyond K are to be 0."""
+    wanted = F.pad(crops.targets, (0, found.shape[-1] - crops.targets.shape[-1]))
+    missed = ((found - wanted).square().sum(-1) * crops.known).sum()
+    return missed / crops.known.sum().clamp(min=1.0) / power
 
-    def __init__(self, crops: Crops, settings: recipe.CodecRecipe, device: torch.device, world: int) -> None:
-        self.crops, self.settings, self.device, self.world = crops, settings, device, world
+
+def _take(codec: Codec, start: dict[str, Tensor]) -> bool:
+    """Loads what fits of ``start``; False if that has other codebooks, which then are left as they were."""
+    own = codec.state_dict()
+    fits = {key: value for key, value in start.items() if value.shape == own[key].shape}
+    whole = len(fits) == len(own)
+    if not whole:
+        fits = {k: v for k, v in fits.items() if not k.endswith(("cluster_usage", "embed_sum", "embedding_sum"))}
+    codec.load_state_dict(fits, strict=whole)
+    return whole
+
+
+class Trainer:
+    """The codec, its discriminators and the two halves of a train step.
+
+    ``polishing`` trains the decoder alone, on the codes of the encoder as it is.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        settings: recipe.CodecRecipe,
+        device: torch.device,
+        world: int,
+        start: dict[str, Tensor] | None = None,
+        polishing: bool = False,
+    ) -> None:
+        self.pool, self.settings, self.device, self.world, self.polishing = pool, settings, device, world, polishing
         torch.manual_seed(settings.seed)
         self.codec = Codec(recipe.codec_config())
         initialise(self.codec)
+        self.coded = start is not None and _take(self.codec, start)
+        if polishing and not self.coded:
+            raise ValueError(f"only a trained codec of {recipe.N_CODES} codes can be polished")
         self.codec.to(device)
         self.discriminators = Discriminators().to(device)
         self.distance = MelDistance().to(device)
         # The decoder's copies of the codebooks and of the input projections are never used here.
-        self.own = [p for n, p in self.codec.named_parameters() if "decoder.quantizer" not in n or "output_proj" in n]
-        self.own = [p for p in self.own if p.requires_grad]
-        self.theirs = list(self.discriminators.parameters())
+        own = {n: p for n, p in self.codec.named_parameters() if "decoder.quantizer" not in n or "output_proj" in n}
         # The first codec branch's unused output projections never get a gradient.
         skipped = {id(q.output_proj.weight) for q, _ in quantizer.branches(self.codec)}
-        self.own = [p for p in self.own if id(p) not in skipped]
+        self.own = [
+            p
+            for n, p in own.items()
+            if p.requires_grad and id(p) not in skipped and (n.startswith("decoder.") or not polishing)
+        ]
+        self.theirs = list(self.discriminators.parameters())
         self.ema = copy.deepcopy(self.codec.decoder)
         self.followed = list[Tensor](self.ema.parameters()), list[Tensor](self.codec.decoder.parameters())
         n_books, n_codes, width = recipe.N_CODEBOOKS, recipe.N_CODES, self.codec.encoder.config.codebook_dim
@@ -108,39 +127,57 @@ class Trainer:
         ]
         self.ramp = torch.tensor(0.0, device=device)
         self.report = torch.zeros(len(_REPORTED), device=device)
+        self.odd = torch.zeros((), device=device)
         n_vectors = settings.batch * settings.n_frames
         self.residuals = torch.zeros(n_books, n_vectors, width, device=device)
         self.codes = torch.zeros(n_books, n_vectors, dtype=torch.long, device=device)
-        self.latents = torch.zeros(n_vectors, self.codec.encoder.config.hidden_size, device=device)
-        self.coded = False
+
+    def draw(self) -> Crops:
+        """A batch of crops."""
+        return self.pool.draw(self.settings.batch, self.settings.n_frames, self.settings.changed)
+
+    def encode(self, samples: Tensor) -> Tensor:
+        """The latents of ``samples``: when polishing, exactly those that will be coded."""
+        fast = self.device.type == "cuda" and not self.polishing
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=fast),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.polishing),
+        ):
+            return self.codec.encoder.latents(samples).float()
 
     def differentiate(self) -> None:
         """Draws a batch and leaves its gradients and codebook statistics in ``flat``."""
-        s = self.settings
-        real = self.crops.draw(s.batch, s.n_frames * recipe.SAMPLES_PER_FRAME)
+        s, crops = self.settings, self.draw()
+        real, latents = crops.samples, self.encode(crops.samples)
+        spread = latents.square().mean()
+        zero = spread.new_zeros(())
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            latents = self.codec.encoder.latents(real).float()
-            spread = latents.square().mean()
-            self.latents.copy_(latents.detach().transpose(1, 2).flatten(0, 1))
-            zero = spread.new_zeros(())
             if self.coded:
                 found = quantizer.quantize(self.codec, latents)
                 made, commitment = self.codec.decoder.from_latents(found.latents).float(), found.commitment
                 self.residuals.copy_(found.residuals)
                 self.codes.copy_(found.codes)
-                counts, sums = quantizer.statistics(found, recipe.N_CODES)
-                self.counts.copy_(counts)
-                self.sums.copy_(sums)
                 narrow = found.narrowness
                 own, adversarial, matching = self.discriminators(*excerpts(real, made))
             else:
                 made = self.codec.decoder.from_latents(quantizer.unquantized(self.codec, latents)).float()
                 commitment = narrow = zero
                 own = adversarial = matching = zero
+        if self.coded:
+            missed, missed_coded = (unexplained(z, crops, self.pool.power) for z in found.semantic)
+            if not self.polishing:
+                counts, sums = quantizer.statistics(found, recipe.N_CODES)
+                self.counts.copy_(counts)
+                self.sums.copy_(sums)
+        else:
+            missed = unexplained(quantizer.semantic(self.codec, latents), crops, self.pool.power)
+            missed_coded = zero + 1.0
         mel, wave = self.distance(real, made), (real - made).abs().mean()
-        loss = s.mel_weight * mel + wave + s.commitment_weight * commitment + narrow
-        loss = loss + 0.1 * (spread - 2.0).clamp(min=0.0)
+        loss = s.mel_weight * mel + wave
         loss = loss + self.ramp * (s.adversarial_weight * adversarial + s.matching_weight * matching)
+        if not self.polishing:
+            loss = loss + s.commitment_weight * commitment + narrow + 0.1 * (spread - 2.0).clamp(min=0.0)
+            loss = loss + s.phonetic_weight * missed
         gradients = list(torch.autograd.grad(loss, self.own, retain_graph=self.coded))
         if self.coded:
             gradients += torch.autograd.grad(own, self.theirs)
@@ -148,19 +185,23 @@ class Trainer:
             gradients += [torch.zeros_like(p) for p in self.theirs]
         targets = [p.grad for p in (*self.own, *self.theirs)]
         torch._foreach_copy_(targets, gradients)  # type: ignore[arg-type]
-        reported = torch.stack([mel, wave, commitment, own, adversarial, matching, narrow, spread, loss])
-        self.report.lerp_(reported.detach(), 0.05)
+        values = (mel, wave, commitment, own, adversarial, matching, narrow, spread, loss, 1 - missed, 1 - missed_coded)
+        reported = torch.stack(values).detach()
+        self.report.lerp_(torch.where(reported.isfinite(), reported, self.report), 0.05)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes one optimizer step with what ``flat`` holds; a value that overflowed counts as none."""
+        """Takes one optimizer step with what ``flat`` holds; what is not finite is counted, not taken."""
+        fine = self.flat.isfinite().all().float()
+        self.odd += 1.0 - fine
         self.flat.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        self.flat *= fine
         for group, optimizer in zip((self.own, self.theirs), self.optimizers, strict=True):
             gradients = [p.grad for p in group if p.grad is not None]
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
-            torch._foreach_mul_(gradients, (5.0 / norm).clamp(max=1.0))
+            torch._foreach_mul_(gradients, (5.0 / norm.clamp(min=1e-6)).clamp(max=1.0))
             optimizer.step()
-        if self.coded:
+        if self.coded and not self.polishing:
             quantizer.follow(self.codec, self.counts, self.sums)
         torch._foreach_lerp_(*self.followed, 1.0 - self.settings.ema_decay)
 
@@ -201,17 +242,22 @@ class Trainer:
 
         return replayed
 
+    def collect(self, n_batches: int) -> Tensor:
+        """The latents [M, hidden] of many batches."""
+        n_batches = n_batches if self.device.type == "cuda" else 2
+        with torch.no_grad():
+            return torch.cat([self.encode(self.draw().samples).transpose(1, 2).flatten(0, 1) for _ in range(n_batches)])
+
+    def begin_anew(self) -> None:
+        """Gives the acoustic path all that the decoder reads, and begins the semantic one anew, on every process."""
+        quantizer.widen(self.codec, self.collect(40), fold=True)
+        self.share()
+
     def begin_coding(self) -> None:
         """Ends the warm-up: codebooks by k-means on latents of many batches, the same on every process."""
-        pool = []
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            n_pool = 40 if self.device.type == "cuda" else 2
-            for _ in range(n_pool):
-                real = self.crops.draw(self.settings.batch, self.settings.n_frames * recipe.SAMPLES_PER_FRAME)
-                pool.append(self.codec.encoder.latents(real).float().transpose(1, 2).flatten(0, 1))
-        n_vectors = self.settings.batch * self.settings.n_frames
-        quantizer.widen(self.codec, torch.cat(pool))
-        quantizer.start(self.codec, torch.cat(pool), n_vectors / recipe.N_CODES)
+        latents = self.collect(100)
+        quantizer.widen(self.codec, latents)
+        quantizer.start(self.codec, latents, self.settings.batch * self.settings.n_frames / recipe.N_CODES)
         self.share()
         self.coded = True
         for optimizer in self.optimizers:
@@ -244,14 +290,20 @@ class Trainer:
 
 
 def train(trainer: Trainer, log: Callable[[str], None], save: Callable[[str], None]) -> None:
-    """Runs warm-up and training until the recipe's seconds are over; saves once, half-way."""
+    """Runs warm-up and training until the recipe's seconds are over, and saves now and then.
+
+    Raises FloatingPointError when too many steps were not finite.
+    """
     s, clock = trainer.settings, torch.zeros(1, device=trainer.device)
+    on_gpu = trainer.device.type == "cuda"
     begun = time.monotonic()
-    if s.warmup_s == 0.0:
-        trainer.begin_coding()
-    step, n_steps, block = trainer.captured(), 0, 20 if trainer.device.type == "cuda" else 1
+    step, n_steps, block = trainer.captured(), 0, 20 if on_gpu else 1
     log(f"captured after {time.monotonic() - begun:.0f} s")
-    begun, n_logged, saved = time.monotonic(), 0, False
+    begun, n_logged = time.monotonic(), 0
+    if trainer.polishing:
+        saves = [(120.0 * (i + 1), "polished") for i in range(int(s.total_s / 120.0))]
+    else:
+        saves = [(0.5 * s.total_s, "half"), (0.8 * s.total_s, "late")]
     while True:
         clock.fill_(time.monotonic() - begun)
         if trainer.world > 1:
@@ -268,30 +320,77 @@ def train(trainer: Trainer, log: Callable[[str], None], save: Callable[[str], No
         for _ in range(block):
             step()
             n_steps += 1
-        if trainer.coded and n_steps % (2 * block) == 0 and elapsed < 0.8 * s.total_s:
+        revives = trainer.coded and not trainer.polishing and elapsed < 0.8 * s.total_s
+        if revives and n_steps % (2 * block) == 0:
             quantizer.revive(trainer.codec, trainer.residuals)
             trainer.share()
-        if n_steps >= n_logged + (50 * block if trainer.device.type == "cuda" else 1):
+        if n_steps >= n_logged + (50 * block if on_gpu else 1):
             n_logged = n_steps
             values = " ".join(f"{n} {v:.3f}" for n, v in zip(_REPORTED, trainer.report.tolist(), strict=True))
             bits = quantizer.perplexity_bits(trainer.codes, recipe.N_CODES) if trainer.coded else torch.zeros(1)
-            log(f"{elapsed:.0f} s, step {n_steps}: {values}, bits {bits.min():.2f}..{bits.max():.2f}")
-        if elapsed > 0.5 * s.total_s and not saved:
-            saved = True
-            save("half")
-    peak = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else 0.0
-    log(f"done: {n_steps} steps in {elapsed:.0f} s, {peak:.1f} GiB")
+            odd = int(trainer.odd)
+            log(
+                f"{elapsed:.0f} s, step {n_steps}: {values}, bits {bits[0]:.2f}, {bits.min():.2f}..{bits.max():.2f}"
+                + (f", {odd} steps not finite" if odd else "")
+            )
+            if odd > _ODD_STEPS:
+                raise FloatingPointError(f"{odd} of {n_steps} steps gave gradients that are not finite")
+        while saves and elapsed > saves[0][0]:
+            save(saves.pop(0)[1])
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    log(f"done: {n_steps} steps in {elapsed:.0f} s, {peak:.1f} GiB, {int(trainer.odd)} steps not finite")
+
+
+@torch.no_grad()
+def measure(trainer: Trainer, folder: Path, n_clips: int | None = None) -> str:
+    """How well the held clips of ``folder`` fare, in words: targets explained, log-mel distance, use of codebook 0."""
+    codec, lines = trainer.codec, []
+    targets = phonetic.read(folder, "held")
+    clips, ends = targets.clips[:n_clips], [*targets.starts[1:], len(targets.values)]
+    groups: dict[str, list[tuple[float, float, float, float]]] = {"all": []}
+    used = []
+    for clip, samples, start, end in zip(clips, data.read_clips(folder, clips), targets.starts, ends, strict=False):
+        whole = np.pad(samples, (0, -len(samples) % recipe.SAMPLES_PER_FRAME))
+        real = torch.from_numpy(whole)[None].to(trainer.device)
+        wanted = targets.values[start:end].float()[None].to(trainer.device)
+        found = quantizer.quantize(codec, codec.encoder.latents(real))
+        made = trainer.ema.from_latents(codec_latents(trainer, found))
+        crops = Crops(real, wanted, torch.ones(wanted.shape[:2], device=trainer.device))
+        missed, coded = (float(unexplained(z, crops, wanted.square().sum(-1).mean())) for z in found.semantic)
+        row = (float(end - start), missed, coded, float(trainer.distance(real, made)))
+        groups["all"].append(row)
+        groups.setdefault(clip.voice, []).append(row)
+        used.append(found.codes[:1])
+    for name, rows in groups.items():
+        weight, missed, coded, mel = np.array(rows).T
+        lines.append(
+            f"  {name}: r2 {1 - np.average(missed, weights=weight):.3f}, "
+            f"coded {1 - np.average(coded, weights=weight):.3f}, mel {np.average(mel, weights=weight):.3f}"
+        )
+    bits = float(quantizer.perplexity_bits(torch.cat(used, 1), recipe.N_CODES))
+    return "\n".join([f"held: {len(clips)} clips, codebook 0 uses {bits:.2f} bits", *lines])
+
+
+def codec_latents(trainer: Trainer, found: quantizer.Quantized) -> Tensor:
+    """What the averaged decoder reads of ``found`` codes."""
+    books = quantizer.codebooks(trainer.codec)
+    vectors = [F.embedding(row, book.embedding) for row, book in zip(found.codes, books, strict=True)]
+    read = trainer.ema.quantizer
+    acoustic = torch.stack(vectors[1:]).sum(0)
+    out: Tensor = read.rvq_first.output_proj(vectors[0].T[None]) + read.rvq_rest.output_proj(acoustic.T[None])
+    return out
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="where the trained parts go, in files of at most 16 MiB"
-    )
-    parser.add_argument("--sentences", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=540.0)
-    parser.add_argument("--resume", type=Path, help="a folder with codec-end parts to go on from, instead of a warm-up")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that `training.phonetic distil` wrote")
+    parser.add_argument("--set", type=Path, action="append", default=[], help="a synthesized set to learn from as well")
+    parser.add_argument("--codec", type=Path, help="a folder with codec-end parts to start from")
+    parser.add_argument("--name", default="codec-end", help="another name of these parts")
+    parser.add_argument("--out", type=Path, required=True, help="where the trained parts go, 15 MiB a file")
+    parser.add_argument("--seconds", type=float, default=490.0)
+    parser.add_argument("--device", help="such as cuda:1, where several programs share a host")
+    parser.add_argument("--polish", action="store_true", help="train the decoder alone")
     parser.add_argument("--toy", action="store_true", help="a few steps at toy size, on a CPU")
     return parser.parse_args()
 
@@ -300,7 +399,7 @@ def main() -> None:
     """Trains and saves."""
     args = _arguments()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(args.device or (f"cuda:{rank}" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -312,37 +411,43 @@ def main() -> None:
         if rank == 0:
             print(text, flush=True)
 
-    crossed = data.crossed_clips(args.data, args.sentences)
-    clips = list({c.file: c for c in (*data.read_manifest(args.data), *crossed)}.values())
-    clips = [c for c in clips if (args.data / c.file).exists()]
-    settings = recipe.CodecRecipe(total_s=args.seconds)
-    if args.resume:
-        settings = dataclasses.replace(settings, warmup_s=0.0)
+    begun = time.monotonic()
+    settings = recipe.polishing(args.seconds) if args.polish else recipe.CodecRecipe(total_s=args.seconds)
     if args.toy:
-        clips = clips[:6] + crossed[:6]
-        settings = dataclasses.replace(settings, batch=2, n_frames=4, warmup_s=0.0 if args.resume else args.seconds / 3)
-    samples = data.read_clips(args.data, clips)
-    if device.type == "cuda":
-        log(f"{world} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    log(
-        f"{len(clips)} clips, {sum(map(len, samples)) / data.RATE_HZ / 60:.1f} min, list {data.list_sha256(clips)[:16]}"
-    )
-    trainer = Trainer(Crops(clips, samples, data.VOICES, device), settings, device, world)
-    if args.resume:
-        trainer.codec.load_state_dict(parts.read(args.resume, "codec-end"))
+        settings = dataclasses.replace(settings, batch=2, n_frames=4, warmup_s=args.seconds / 4)
+    recordings = from_corpus(args.data, 12 if args.toy else None)
+    for folder in args.set:
+        recordings += from_set(folder)
+    pool = Pool(recordings, device)
+    start = parts.read(args.codec, args.name) if args.codec else None
+    trainer = Trainer(pool, settings, device, world, start, args.polish)
+    log(f"{world} x {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
+    log(f"{pool.describe()}, read in {time.monotonic() - begun:.0f} s; {'going on' if trainer.coded else 'anew'}")
     if device.type == "cuda":
         from training import snake
 
         log(f"snake kernel differs by {snake.check(device):.1e}")
         snake.install(trainer.codec)
         torch.cuda.manual_seed(settings.seed + rank)
+    else:
+        torch.manual_seed(settings.seed + rank)
+    if trainer.coded:
+        # What was learnt before needs no warm-up.
+        trainer.settings = dataclasses.replace(settings, warmup_s=0.0)
+    elif start is not None:
+        trainer.begin_anew()
 
     def save(name: str) -> None:
         if rank == 0:
-            parts.write(args.out, f"codec-{name}", parts.codec_state(trainer.codec, trainer.ema), torch.float16)
+            state = parts.codec_state(trainer.codec, trainer.ema)
+            for path in parts.write(args.out / "unfinished", f"codec-{name}", state, torch.float16):
+                path.replace(args.out / path.name)
+            log(f"saved codec-{name}")
 
     train(trainer, log, save)
-    save("end")
+    save("polished" if args.polish else "end")
+    torch.backends.cudnn.benchmark = False
+    log(measure(trainer, args.data, 4 if args.toy else None))
     with contextlib.suppress(ValueError):
         if world > 1:
             dist.destroy_process_group()

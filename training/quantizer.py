@@ -25,14 +25,17 @@ class Quantized:
     """What quantizing a batch of latents gave."""
 
     latents: Tensor
-    """[B, codebook_dim, T], for the decoder; gradients pass straight through."""
+    """[B, codebook_dim, T], for the decoder; gradients pass straight through the acoustic codebooks only."""
+    semantic: Tensor
+    """[2, B, T, d]: what codebook 0 had to code, with its gradient, and the vectors that it chose, without."""
     commitment: Tensor
+    """The mean square of what each acoustic codebook missed."""
     codes: Tensor
     """[Q, M], M = B * T."""
     residuals: Tensor
     """[Q, M, d]: what each codebook had to code."""
     narrowness: Tensor
-    """How far the projections are from using their whole width (see `narrowness`)."""
+    """How far the acoustic projection is from using its whole width (see `narrowness`)."""
 
 
 def branches(codec: Codec) -> list[tuple[ResidualQuantizer, nn.Module]]:
@@ -47,33 +50,56 @@ def codebooks(codec: Codec) -> list[SearchedCodebook]:
 
 
 def unquantized(codec: Codec, latents: Tensor) -> Tensor:
-    """The decoder's latents [B, codebook_dim, T] with both bottlenecks but no codes, for the warm-up."""
-    semantic, acoustic = (project(quantizer.input_proj(latents)) for quantizer, project in branches(codec))
-    out: Tensor = semantic + acoustic
+    """The decoder's latents [B, codebook_dim, T] with both bottlenecks but no codes, for the warm-up.
+
+    What is semantic goes there without a gradient: it is learnt from its targets alone (see `quantize`).
+    """
+    (semantic, read_semantic), (acoustic, read_acoustic) = branches(codec)
+    out: Tensor = read_semantic(semantic.input_proj(latents).detach()) + read_acoustic(acoustic.input_proj(latents))
     return out
 
 
+def semantic(codec: Codec, latents: Tensor) -> Tensor:
+    """What codebook 0 has to code of ``latents`` [B, hidden, T]: [B, T, d] in float32."""
+    with torch.autocast(latents.device.type, enabled=False):
+        projected: Tensor = branches(codec)[0][0].input_proj(latents.float())
+    return projected.transpose(1, 2)
+
+
 def quantize(codec: Codec, latents: Tensor) -> Quantized:
-    """``latents`` [B, hidden, T] through the codebooks, in float32."""
-    made, codes, residuals = [], [], []
+    """``latents`` [B, hidden, T] through the codebooks, in float32.
+
+    The decoder's error reaches the encoder through the acoustic codebooks only. Codebook 0 follows its targets, and
+    the decoder learns to read it as it is: else it would soon code whatever lowers the error most.
+    """
+    made, codes, residuals = list[Tensor](), list[Tensor](), list[Tensor]()
     commitment, narrow = (latents.new_zeros((), dtype=torch.float32) for _ in range(2))
+    phonetic = semantic(codec, latents)
     with torch.autocast(latents.device.type, enabled=False):
         for quantizer, project in branches(codec):
-            projected = quantizer.input_proj(latents.float())
-            residual = projected.transpose(1, 2).flatten(0, 1)
+            first = not codes
+            projected = phonetic if first else quantizer.input_proj(latents.float()).transpose(1, 2)
+            residual = projected.flatten(0, 1)
             total = torch.zeros_like(residual)
-            narrow = narrow + narrowness(residual, spread=len(quantizer.codebooks) > 1)
+            if not first:
+                narrow = narrow + narrowness(residual, spread=True)
             for book in quantizer.codebooks:
                 with torch.no_grad():
                     found = _nearest(residual, book.embedding)
                     vectors = F.embedding(found, book.embedding)
                 codes.append(found)
                 residuals.append(residual.detach())
-                commitment = commitment + (residual - vectors).square().mean()
+                if not first:
+                    commitment = commitment + (residual - vectors).square().mean()
                 residual, total = residual - vectors, total + vectors
-            total = total.view(projected.shape[0], -1, projected.shape[1]).transpose(1, 2)
-            made.append(project(projected + (total - projected).detach()))
-    return Quantized(made[0] + made[1], commitment / len(codes), torch.stack(codes), torch.stack(residuals), narrow)
+            total = total.view_as(projected)
+            if first:
+                heard = torch.stack((phonetic, total))
+            else:
+                total = projected + (total - projected).detach()
+            made.append(project(total.transpose(1, 2)))
+    commitment = commitment / (len(codes) - 1)
+    return Quantized(made[0] + made[1], heard, commitment, torch.stack(codes), torch.stack(residuals), narrow)
 
 
 def narrowness(x: Tensor, *, spread: bool) -> Tensor:
@@ -93,21 +119,28 @@ def narrowness(x: Tensor, *, spread: bool) -> Tensor:
 
 
 @torch.no_grad()
-def widen(codec: Codec, latents: Tensor) -> None:
+def widen(codec: Codec, latents: Tensor, *, fold: bool = False) -> None:
     """Turns the acoustic projections to the principal axes of ``latents`` [M, hidden], nearly evened out.
 
     The path through both projections stays what it was, but for what lies outside these axes; faint axes, which a
-    codebook would drop, come out a third as strong as the strongest.
+    codebook would drop, come out a third as strong as the strongest. ``fold`` gives the acoustic path what passed the
+    semantic one as well, and leaves nothing to that: it can then be learnt anew.
     """
-    quantizer, project = branches(codec)[1]
+    (semantic, read), (quantizer, project) = branches(codec)
     assert isinstance(quantizer.input_proj, nn.Conv1d) and isinstance(project, nn.Conv1d)
+    assert isinstance(semantic.input_proj, nn.Conv1d) and isinstance(read, nn.Conv1d)
     inward, outward = quantizer.input_proj.weight[:, :, 0], project.weight[:, :, 0]
+    passed = outward @ inward
+    if fold:
+        passed = passed + read.weight[:, :, 0] @ semantic.input_proj.weight[:, :, 0]
+        read.weight.zero_()
+        semantic.input_proj.reset_parameters()
     power, axes = torch.linalg.eigh(latents.double().T @ latents.double() / len(latents))
     power, axes = power.flip(0)[: len(inward)].float(), axes.flip(1)[:, : len(inward)].float()
     power = power.clamp(min=1e-4 * float(power[0]))
     strength = (power / power[0]) ** 0.15
     gain = strength / strength.square().mean().sqrt() / power.sqrt()
-    outward.copy_((outward @ inward @ axes) / gain)
+    outward.copy_((passed @ axes) / gain)
     inward.copy_(gain[:, None] * axes.T)
 
 
@@ -145,17 +178,19 @@ def revive(codec: Codec, residuals: Tensor) -> int:
 
 @torch.no_grad()
 def start(codec: Codec, latents: Tensor, usage: float) -> None:
-    """Codebooks by k-means on ``latents`` [M, hidden] of the warmed-up encoder, projections scaled to unit variance.
+    """Codebooks by k-means on ``latents`` [M, hidden] of the warmed-up encoder.
 
-    ``usage`` is the expected count of a code in a batch: the weight of these first means against later ones.
+    The acoustic projections are scaled to unit variance; the semantic one has its scale from its targets. ``usage`` is
+    the expected count of a code in a batch: the weight of these first means against later ones.
     """
     for quantizer, project in branches(codec):
         assert isinstance(quantizer.input_proj, nn.Conv1d) and isinstance(project, nn.Conv1d)
         vectors = latents @ quantizer.input_proj.weight[:, :, 0].T
-        scale = vectors.std()
-        quantizer.input_proj.weight /= scale
-        project.weight *= scale
-        vectors = vectors / scale
+        if len(quantizer.codebooks) > 1:
+            scale = vectors.std()
+            quantizer.input_proj.weight /= scale
+            project.weight *= scale
+            vectors = vectors / scale
         for book in quantizer.codebooks:
             means = kmeans(vectors, book.embed_sum.shape[0])
             book.cluster_usage.fill_(usage)

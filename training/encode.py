@@ -1,0 +1,115 @@
+"""Encode synthesized sets: their samples to codes, and 14 s of every speaker to learn voices from.
+
+    python -m training.encode --codec PARTS --set SET --set SET --out OUT
+
+PARTS are a folder with codec-end parts; OUT gets codes-N.safetensors, references-N.ogg and speakers.json (see
+`training.shards`). Speakers are numbered in the order of their names. Clips of similar length are encoded together,
+filled up with silence: the encoder never looks ahead, so their codes are those of each clip alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quaver.model.codec_encoder import Codec, CodecEncoder
+from training import parts, recipe, shards
+
+_BATCH_FRAMES = 4_000
+"""Frames in a batch, silence included: 320 s take about 6 GiB."""
+
+
+def batches(n_frames: list[int], limit: int = _BATCH_FRAMES) -> list[list[int]]:
+    """The indices of clips, longest first, in batches whose longest clip times their number is at most ``limit``."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(n_frames)), key=lambda i: -n_frames[i]):
+        if not found or (len(found[-1]) + 1) * n_frames[found[-1][0]] > limit:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def encode(
+    encoder: CodecEncoder, clips: list[np.ndarray], limit: int = _BATCH_FRAMES, log: Callable[[str], None] = print
+) -> list[Tensor]:
+    """The codes int16 [T, 16] of every clip, int16 samples in whole frames."""
+    device = next(encoder.parameters()).device
+    lengths = [len(clip) // recipe.SAMPLES_PER_FRAME for clip in clips]
+    codes = [torch.zeros(0, recipe.N_CODEBOOKS, dtype=torch.int16)] * len(clips)
+    begun, logged, n_done = time.monotonic(), 0.0, 0
+    for batch in batches(lengths, limit):
+        # Few different shapes: a GPU picks its kernels anew for every one.
+        longest = -(-lengths[batch[0]] // 8) * 8
+        samples = np.zeros((len(batch), longest * recipe.SAMPLES_PER_FRAME), np.int16)
+        for row, i in zip(samples, batch, strict=True):
+            row[: len(clips[i])] = clips[i]
+        found = encoder.encode(torch.from_numpy(samples).to(device).float() / 32768.0)
+        whole = found.transpose(1, 2).to(torch.int16).cpu()
+        for row, i in zip(whole, batch, strict=True):
+            codes[i] = row[: lengths[i]].clone()
+            n_done += lengths[i]
+        if time.monotonic() - begun > logged + 10.0:
+            logged = time.monotonic() - begun
+            log(f"{logged:.0f} s: {n_done} of {sum(lengths)} frames")
+    return codes
+
+
+def reference(clips: list[np.ndarray]) -> np.ndarray:
+    """14 s of one speaker, int16: clips one after the other, from the first again when there are too few."""
+    found, n_samples = list[np.ndarray](), 0
+    while n_samples < shards.N_REFERENCE:
+        found.append(clips[len(found) % len(clips)])
+        n_samples += len(found[-1])
+    return np.concatenate(found)[: shards.N_REFERENCE]
+
+
+def main() -> None:
+    """Encodes and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--codec", type=Path, required=True)
+    parser.add_argument("--name", default="codec-end", help="another name of the codec's parts")
+    parser.add_argument("--set", type=Path, action="append", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", help="such as cuda:1")
+    args = parser.parse_args()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    codec = Codec(recipe.codec_config())
+    codec.load_state_dict(parts.read(args.codec, args.name))
+    begun = time.monotonic()
+    listed = [clip for folder in args.set for clip in shards.spoken(folder)]
+    names = sorted({clip.speaker for clip in listed})
+    number = {name: i for i, name in enumerate(names)}
+    samples = [clip.read() for clip in listed]
+    hours = sum(clip.n_frames for clip in listed) * recipe.SAMPLES_PER_FRAME / 24_000 / 3600
+    print(f"{len(listed)} clips, {hours:.2f} h, {len(names)} speakers, {time.monotonic() - begun:.0f} s", flush=True)
+    codes = encode(codec.encoder.to(device), samples, log=lambda text: print(text, flush=True))
+    encoded = shards.Encoded(
+        torch.cat(codes),
+        torch.tensor([clip.text for clip in listed], dtype=torch.int32),
+        torch.tensor([number[clip.speaker] for clip in listed], dtype=torch.int16),
+        torch.tensor([clip.n_frames for clip in listed], dtype=torch.int16),
+        names,
+    )
+    paths = shards.write(args.out, encoded)
+    print(f"{time.monotonic() - begun:.0f} s: encoded and written", flush=True)
+    said: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for clip, one in zip(listed, samples, strict=True):
+        said[clip.speaker].append(one)
+    paths += shards.write_references(args.out, np.stack([reference(clips) for clips in said.values()]), names)
+    used = torch.stack([torch.bincount(book.long(), minlength=recipe.N_CODES) for book in encoded.codes.T])
+    share = used / used.sum(1, keepdim=True)
+    bits = -(share * (share + 1e-12).log2()).sum(1)
+    print("bits of each codebook:", " ".join(f"{b:.2f}" for b in bits.tolist()))
+    for path in paths:
+        print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB")
+    print(f"done in {time.monotonic() - begun:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Everything the codec hears, on the device in whole frames, and random crops of it with what is said in them.
+
+Crops are drawn without a copy to the host and with fixed shapes: a CUDA graph may hold the drawing. Shapes: B batch,
+F frames of the pool, T frames of a crop, K target dimensions, N = 1920 T samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training import data, phonetic, recipe, shards
+
+_SLOWEST, _FASTEST = 0.85, 1.2
+_TAPS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One clip: its voice, its samples (int16, whole frames) and its targets (float16 [frames, K]) where known."""
+
+    voice: str
+    samples: np.ndarray
+    targets: Tensor | None = None
+
+
+def from_corpus(folder: Path, n_clips: int | None = None) -> list[Recording]:
+    """The clips of the folder that `training.phonetic distil` wrote, with their targets."""
+    targets = phonetic.read(folder, "train")
+    clips, ends = targets.clips[:n_clips], [*targets.starts[1:], len(targets.values)]
+    found = []
+    for clip, samples, start, end in zip(clips, data.read_clips(folder, clips), targets.starts, ends, strict=False):
+        padded = np.pad(samples, (0, -len(samples) % recipe.SAMPLES_PER_FRAME))
+        whole = (padded * 32767.0).clip(-32768, 32767).astype(np.int16)
+        found.append(Recording(clip.voice, whole, targets.values[start:end]))
+    return found
+
+
+def from_set(folder: Path) -> list[Recording]:
+    """The clips of a synthesized set, without targets."""
+    return [Recording(clip.speaker, clip.read()) for clip in shards.spoken(folder)]
+
+
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """A batch of crops."""
+
+    samples: Tensor
+    """[B, N] within -1 and 1."""
+    targets: Tensor
+    """[B, T, K]"""
+    known: Tensor
+    """[B, T]: 1 where there are targets, 0 elsewhere."""
+
+
+class Pool:
+    """Recordings one after the other, voice by voice. Every voice is drawn equally often, however much it says."""
+
+    def __init__(self, recordings: Iterable[Recording], device: torch.device) -> None:
+        ordered = sorted(recordings, key=lambda r: r.voice)
+        lengths = [len(r.samples) // recipe.SAMPLES_PER_FRAME for r in ordered]
+        counts = [len(list(group)) for _, group in groupby(ordered, key=lambda r: r.voice)]
+        width = max((r.targets.shape[1] for r in ordered if r.targets is not None), default=1)
+        values = torch.zeros(sum(lengths), width, dtype=torch.float16)
+        known = torch.zeros(sum(lengths))
+        starts = np.cumsum([0, *lengths])
+        for recording, start, end in zip(ordered, starts, starts[1:], strict=False):
+            if recording.targets is not None:
+                values[start:end] = recording.targets
+                known[start:end] = 1.0
+        self.samples = torch.from_numpy(np.concatenate([r.samples for r in ordered])).to(device)
+        self.values, self.known = values.to(device), known.to(device)
+        total = (values.float().square().sum(1) * known).sum() / known.sum().clamp(min=1.0)
+        self.power = (total if known.any() else torch.ones(())).to(device)
+        """The mean square of a frame's targets, summed over K."""
+        self.starts = torch.from_numpy(starts[:-1]).to(device)
+        self.counts = torch.tensor(counts, device=device)
+        self.firsts = self.counts.cumsum(0) - self.counts
+
+    def describe(self) -> str:
+        """How much there is, in words."""
+        minutes = len(self.samples) / data.RATE_HZ / 60
+        return f"{len(self.starts)} clips, {minutes:.1f} min, {len(self.counts)} voices"
+
+    def draw(self, batch: int, n_frames: int, changed: float) -> Crops:
+        """Crops of ``n_frames``, a share ``changed`` of them slower or faster (and so lower or higher).
+
+        Half begin where a clip begins, half at a frame up to two seconds later. All differ in loudness; half as many
+        as are changed in speed are tilted in spectrum, a quarter lose what is above 8 kHz, a quarter get noise.
+        """
+        device = self.samples.device
+
+        def uniform(low: float, high: float) -> Tensor:
+            return torch.empty(batch, 1, device=device).uniform_(low, high)
+
+        def some(share: float, these: Tensor, those: float) -> Tensor:
+            return torch.where(uniform(0.0, 1.0) < share, these, torch.full_like(these, those))
+
+        voice = torch.randint(len(self.counts), (batch,), device=device)
+        clip = (torch.rand(batch, device=device) * self.counts[voice]).long()
+        clip = self.firsts[voice] + torch.minimum(clip, self.counts[voice] - 1)
+        later = torch.randint(25, (batch,), device=device) * torch.randint(2, (batch,), device=device)
+        last = len(self.values) - math.ceil(n_frames * _FASTEST) - 2
+        start = (self.starts[clip] + later).clamp(max=max(0, last))[:, None]
+
+        speed = some(changed, uniform(math.log(_SLOWEST), math.log(_FASTEST)).exp(), 1.0)
+        cutoff = some(changed / 4, uniform(0.62, 0.68), 1.0).minimum(1.0 / speed).clamp(max=1.0)
+        samples = self._resampled(start * recipe.SAMPLES_PER_FRAME, n_frames, speed, cutoff)
+        tilt = some(changed / 2, uniform(-0.4, 0.6), 0.0)
+        before = torch.nn.functional.pad(samples[:, :-1], (1, 0))
+        samples = (samples + tilt * before) * (1.0 + tilt.square()).rsqrt() * uniform(0.6, 1.25)
+        noise = some(changed / 4, 10.0 ** uniform(-4.0, -2.5), 0.0)
+        samples = (samples + noise * torch.randn_like(samples)).clamp(-1.0, 1.0)
+
+        place = torch.arange(n_frames, device=device) * speed
+        near = place.long()
+        low, high = (start + near).clamp(max=len(self.values) - 1), (start + near + 1).clamp(max=len(self.values) - 1)
+        share = (place - near)[..., None]
+        targets = self.values[low].float() * (1.0 - share) + self.values[high].float() * share
+        return Crops(samples, targets, self.known[low] * self.known[high])
+
+    def _resampled(self, start: Tensor, n_frames: int, speed: Tensor, cutoff: Tensor) -> Tensor:
+        """[B, N] from sample ``start`` [B, 1] on, at ``speed`` and below ``cutoff`` (1 = 12 kHz): a windowed sinc."""
+        device = start.device
+        place = torch.arange(n_frames * recipe.SAMPLES_PER_FRAME, device=device, dtype=torch.float64) * speed
+        whole = place.floor()
+        taps = torch.arange(1 - _TAPS // 2, 1 + _TAPS // 2, device=device)
+        index = (start + whole.long())[..., None] + taps
+        values = self.samples[index.clamp(0, len(self.samples) - 1)].float() / 32767.0
+        off = taps - (place - whole).float()[..., None]
+        kernel = torch.sinc(off * cutoff[..., None]) * cutoff[..., None]
+        kernel = kernel * torch.cos(math.pi / _TAPS * off).square()
+        return (values * kernel).sum(-1)
