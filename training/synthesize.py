@@ -256,7 +256,7 @@ def finish(samples: np.ndarray, dice: random.Random) -> np.ndarray:
     # Halfway (in decibels) to one loudness: what is left of the difference is part of the speaker.
     loud = math.sqrt(float(power[power > 0.02 * power.max()].mean()))
     gain = min(math.sqrt(0.09 / loud), 0.95 / float(np.abs(clip).max()))
-    return np.rint(clip * (gain * 32767)).astype(np.int16)
+    return np.asarray(np.rint(clip * (gain * 32767)), np.int16)
 
 
 # Workers

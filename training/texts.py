@@ -61,7 +61,8 @@ KINDS = {"thing": 6, "animal": 5, "food": 13, "person": 18, "body": 8, "place": 
 NAMES = "Anna Ben Carla David Emma Felix Grace Henry Irene Jack Kate Leo Maria Nina Oscar Paula Robert Sarah Tom Laura"
 TIMES_OF_DAY = (
     "this morning|this afternoon|tonight|tomorrow|yesterday|on Monday|on Friday|at noon|after lunch|before dinner"
-    "|every day|last week|next month|in the spring|all summer|right now|later|on the weekend|at midnight|in a few minutes"
+    "|every day|last week|next month|in the spring|all summer|right now|later|on the weekend|at midnight"
+    "|in a few minutes"
 )
 PATTERNS = """
 Could you put the {thing} next to the {thing}, please?
