@@ -223,8 +223,10 @@ class TalkerRecipe:
     """The longest example, prompt and frames together."""
     budget: int = 20_000
     """Positions in a step, padding included."""
-    n_frames: int = 7
-    """How many frames of a row, on average, the code predictor sees in a step."""
+    n_rows: int = 256
+    """The most examples in a step."""
+    n_frames: int = 1024
+    """How many frames the code predictor sees in a step."""
     lr: float = 2e-3
     warmup_s: float = 12.0
     weight_decay: float = 0.05

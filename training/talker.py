@@ -150,8 +150,8 @@ class Examples:
         order = order[size[order] <= s.n_positions]
         cut = []
         while len(order):
-            longest = -(-int(size[order[-256:]].max()) // 8) * 8
-            n_rows = min(max(1, s.budget // longest), len(order))
+            longest = -(-int(size[order[-s.n_rows :]].max()) // 8) * 8
+            n_rows = min(max(1, s.budget // longest), len(order), s.n_rows)
             cut.append(self.batch(rows[:, order[-n_rows:]], longest))
             order = order[:-n_rows]
         return [cut[i] for i in rng.permutation(len(cut))]
@@ -367,7 +367,7 @@ class Trainer:
             latents = self.acoustic(found["codes"].flatten(0, 1)).view(*spoken.shape, -1)
             miss = (self.readout(found["state"]).float() - latents).square().sum(-1)
             unlike = (miss * spoken).sum() / spoken.sum() / self.power
-            each = self.residual(found, s.n_frames, torch.tensor(0.1, device=self.device))
+            each = self.residual(found, -(-s.n_frames // len(speaker)), torch.tensor(0.1, device=self.device))
         stray = found.get("stray", first.detach() * 0.0)
         right = ((found["logits"].argmax(-1) == found["wanted"]) & spoken).sum() / spoken.sum()
         now = torch.stack([first, right, unlike, each[0], each[4], each.mean(), unsure, stray]).detach()
@@ -689,7 +689,7 @@ def main() -> None:
     device = _device(args.device)
     settings = recipe.TalkerRecipe(total_s=args.seconds)
     if args.toy:
-        settings = dataclasses.replace(settings, budget=1200, n_frames=3)
+        settings = dataclasses.replace(settings, budget=1200, n_frames=40)
     chosen = {"budget": args.budget, "lr": args.lr, "dropout": args.dropout}
     settings = dataclasses.replace(settings, **{k: v for k, v in chosen.items() if v is not None})
     torch.manual_seed(settings.seed)
