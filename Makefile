@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints/dev.txt
 SAY ?=
+export SAY
 
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/quaver demo -o demo-out $(if $(SAY),--say "$(SAY)")
+	$(BIN)/quaver demo -o demo-out $${SAY:+--say "$$SAY"}
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
