@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,16 @@ def main() -> None:
     samples = [clip.read() for clip in listed]
     hours = sum(clip.n_frames for clip in listed) * recipe.SAMPLES_PER_FRAME / 24_000 / 3600
     print(f"{len(listed)} clips, {hours:.2f} h, {len(names)} speakers, {time.monotonic() - begun:.0f} s", flush=True)
-    codes = encode(codec.encoder.to(device), samples, log=lambda text: print(text, flush=True))
+    said: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for clip, one in zip(listed, samples, strict=True):
+        said[clip.speaker].append(one)
+    references = np.stack([reference(clips) for clips in said.values()])
+    # A GPU may else reckon with ten bits, and choose other codes than a CPU would.
+    torch.backends.cudnn.allow_tf32 = False
+    with ThreadPoolExecutor(1) as beside:
+        written = beside.submit(shards.write_references, args.out, references, names)
+        codes = encode(codec.encoder.to(device), samples, log=lambda text: print(text, flush=True))
+        print(f"{time.monotonic() - begun:.0f} s: encoded", flush=True)
     encoded = shards.Encoded(
         torch.cat(codes),
         torch.tensor([clip.text for clip in listed], dtype=torch.int32),
@@ -96,12 +106,7 @@ def main() -> None:
         torch.tensor([clip.n_frames for clip in listed], dtype=torch.int16),
         names,
     )
-    paths = shards.write(args.out, encoded)
-    print(f"{time.monotonic() - begun:.0f} s: encoded and written", flush=True)
-    said: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for clip, one in zip(listed, samples, strict=True):
-        said[clip.speaker].append(one)
-    paths += shards.write_references(args.out, np.stack([reference(clips) for clips in said.values()]), names)
+    paths = [*shards.write(args.out, encoded), *written.result()]
     used = torch.stack([torch.bincount(book.long(), minlength=recipe.N_CODES) for book in encoded.codes.T])
     share = used / used.sum(1, keepdim=True)
     bits = -(share * (share + 1e-12).log2()).sum(1)

@@ -117,12 +117,11 @@ def read(folder: Path) -> Encoded:
 def write_references(folder: Path, samples: np.ndarray, names: list[str]) -> list[Path]:
     """Writes ``samples`` int16 [S, N], a recording of 14 s a speaker in the order of ``names``, to references-N.ogg.
 
-    Where this machine cannot write Opus: references-N.safetensors, mu-law. ``names`` go to references.json.
+    Where this machine cannot write Opus: references-N.safetensors, mu-law.
     """
     if samples.shape != (len(names), N_REFERENCE):
         raise ValueError(f"references of shape {samples.shape} for {len(names)} speakers of {N_REFERENCE} samples")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "references.json").write_text(json.dumps(names) + "\n", "utf-8")
     opus = "OPUS" in soundfile.available_subtypes("OGG") and _keeps_length()
     size = _SPEAKERS_A_FILE if opus else 15 * 2**20 // N_REFERENCE
     paths = []
