@@ -659,7 +659,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=780.0)
     parser.add_argument("--resume", type=Path, help="FOLDER/NAME of earlier talker parts to start from")
-    parser.add_argument("--device", help="by default the GPU, where there is one")
+    parser.add_argument("--device", help="by default cuda:0, where there is one")
     parser.add_argument("--budget", type=int, help="positions in a step")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--dropout", type=float)
@@ -670,7 +670,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
