@@ -113,7 +113,7 @@ class CodecRecipe:
     adversarial_weight: float = 2.0
     matching_weight: float = 6.0
     commitment_weight: float = 4.0
-    phonetic_weight: float = 10.0
+    phonetic_weight: float = 15.0
     """The weight of what codebook 0 misses of its targets, as a share of their power."""
     ema_decay: float = 0.9995
     seed: int = 1729
