@@ -221,11 +221,11 @@ class TalkerRecipe:
 
     n_positions: int = 288
     """The longest example, prompt and frames together."""
-    budget: int = 20_000
+    budget: int = 40_000
     """Positions in a step, padding included."""
-    n_rows: int = 256
+    n_rows: int = 384
     """The most examples in a step."""
-    n_frames: int = 1024
+    n_frames: int = 1536
     """How many frames the code predictor sees in a step."""
     lr: float = 2e-3
     warmup_s: float = 12.0
@@ -242,6 +242,10 @@ class TalkerRecipe:
     """The share of examples that begin with another clip of the speaker."""
     unnamed: float = 0.15
     """The share of examples whose prompt leaves the language open."""
+    joined: float = 0.25
+    """Clips of one speaker are joined to longer ones, this share as many as there are clips."""
+    n_joined: int = 150
+    """The most frames of joined clips."""
     n_reference: int = 50
     """The most frames of a clip cloned in context."""
     deaf: float = 0.2

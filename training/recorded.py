@@ -2,7 +2,7 @@
 
     python -m training.recorded --data FOLDER --texts .data/texts.jsonl --jobs jobs-kokoro.xz --out SET
 
-FOLDER is what `training.phonetic distil` wrote. Clips whose sentence is not among the texts are left out. A corpus voice
+FOLDER is what `training.phonetic distil` wrote. Clips whose sentence is not among the texts are left out. A voice of it
 is the speaker of the synthesized set that is this voice alone: one voice under two names could not be told apart.
 """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from training import data, recipe
 
 _FRAMES_A_FILE = 800_000
-_SPEAKERS_A_FILE = 160
+_SPEAKERS_A_FILE = 12
 REFERENCE_S = 14.0
 N_REFERENCE = int(REFERENCE_S * data.RATE_HZ)
 
@@ -124,28 +125,33 @@ def write_references(folder: Path, samples: np.ndarray, names: list[str]) -> lis
     folder.mkdir(parents=True, exist_ok=True)
     opus = "OPUS" in soundfile.available_subtypes("OGG") and _keeps_length()
     size = _SPEAKERS_A_FILE if opus else 15 * 2**20 // N_REFERENCE
-    paths = []
-    for number, first in enumerate(range(0, len(samples), size)):
-        some = samples[first : first + size].reshape(-1)
-        paths.append(folder / f"references-{number}.{'ogg' if opus else 'safetensors'}")
+
+    def write_one(number: int) -> Path:
+        some = samples[number * size : (number + 1) * size].reshape(-1)
+        path = folder / f"references-{number}.{'ogg' if opus else 'safetensors'}"
         if opus:
-            _write_opus(paths[-1], some)
+            _write_opus(path, some)
         else:
-            save_file({"mulaw": torch.from_numpy(_compress(some))}, paths[-1])
-    return paths
+            save_file({"mulaw": torch.from_numpy(_compress(some))}, path)
+        return path
+
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(write_one, range(-(-len(samples) // size))))
 
 
 def read_references(folder: Path) -> np.ndarray:
     """The recordings int16 [S, N] that ``write_references`` wrote. Raises FileNotFoundError when there are none."""
-    pieces = []
-    for path in _numbered(folder, "references"):
+
+    def read_one(path: Path) -> np.ndarray:
         if path.suffix == ".ogg":
-            pieces.append(soundfile.read(path, dtype="int16")[0])
-        else:
-            pieces.append(_expand(load_file(path)["mulaw"].numpy()))
-    if not pieces:
+            return np.asarray(soundfile.read(path, dtype="int16")[0])
+        return _expand(load_file(path)["mulaw"].numpy())
+
+    paths = _numbered(folder, "references")
+    if not paths:
         raise FileNotFoundError(f"{folder}/references-0 is missing")
-    return np.concatenate(pieces).reshape(-1, N_REFERENCE)
+    with ThreadPoolExecutor(32) as pool:
+        return np.concatenate(list(pool.map(read_one, paths))).reshape(-1, N_REFERENCE)
 
 
 def _write_opus(target: Path | io.BytesIO, samples: np.ndarray) -> None:

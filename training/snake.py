@@ -19,6 +19,7 @@ from quaver.model.codec import SnakeBeta
 _BLOCK = 2048
 
 
+# ruff: noqa: ANN001, ANN202
 # Triton reads a kernel's annotations as types of its own: only constexpr may stand there.
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(x, y, alpha, beta, channels, length, block: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -32,7 +33,9 @@ def _forward(x, y, alpha, beta, channels, length, block: tl.constexpr):  # type:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _backward(x, g, dx, alpha, beta, dalpha, dbeta, channels, length, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _backward(  # type: ignore[no-untyped-def]
+    x, g, dx, alpha, beta, dalpha, dbeta, channels, length, block: tl.constexpr
+):
     row, at = tl.program_id(0), tl.program_id(1) * block + tl.arange(0, block)
     channel, inside = row % channels, at < length
     a, b = tl.exp(tl.load(alpha + channel)), tl.exp(tl.load(beta + channel)) + 1e-9

@@ -576,18 +576,39 @@ def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
             rows[: len(book)] += 0.1 * (book / size) @ where
 
 
-def read_set(folder: Path) -> tuple[shards.Encoded, np.ndarray]:
-    """The encoded set in ``folder`` and its speakers' references [S, N]; clips of speakers without one are left out."""
-    encoded, samples = shards.read(folder), shards.read_references(folder)
-    names = json.loads((folder / "references.json").read_text("utf-8"))
-    kept = torch.tensor([name in names for name in encoded.names])[encoded.speaker.long()]
-    places = [names.index(name) if name in names else 0 for name in encoded.names]
-    if bool(kept.all()):
-        return encoded, samples[places]
-    print(f"{int((~kept).sum())} clips have no reference recording of their speaker and are left out", flush=True)
-    frames = kept.repeat_interleave(encoded.n_frames.long())
-    fields = {name: getattr(encoded, name)[kept] for name in ("text", "speaker", "n_frames")}
-    return dataclasses.replace(encoded, codes=encoded.codes[frames], **fields), samples[places]
+def joined(
+    encoded: shards.Encoded, texts: dict[int, str], share: float, n_frames: int, seed: int
+) -> tuple[shards.Encoded, dict[int, str]]:
+    """``encoded`` and two or three of its clips of one speaker after another, as clips of their own, ``share`` as many
+    as there are and at most ``n_frames`` long; with their texts. Without them no example was longer than six seconds.
+    """
+    rng = np.random.default_rng(seed)
+    text, speaker, length = (np.asarray(x, np.int64) for x in (encoded.text, encoded.speaker, encoded.n_frames))
+    start = np.cumsum(length) - length
+    free = (text % HELD_OUT_EVERY != HELD_OUT).nonzero()[0]
+    by_speaker = {s: free[speaker[free] == s] for s in np.unique(speaker[free])}
+    chains: list[np.ndarray] = []
+    for first in rng.choice(free, int(share * len(text))):
+        chain = np.append(first, rng.choice(by_speaker[speaker[first]], rng.integers(1, 3)))
+        if length[chain].sum() <= n_frames:
+            chains.append(chain)
+    number = max(texts) + 1 + HELD_OUT_EVERY - (max(texts) + 1) % HELD_OUT_EVERY
+    numbers = HELD_OUT_EVERY * np.arange(len(chains)) + number
+    flat = np.concatenate([np.arange(start[c], start[c] + length[c]) for chain in chains for c in chain])
+    more = {
+        "text": numbers,
+        "speaker": np.array([speaker[chain[0]] for chain in chains]),
+        "n_frames": np.array([length[chain].sum() for chain in chains]),
+    }
+
+    def longer(name: str) -> Tensor:
+        known: Tensor = getattr(encoded, name)
+        return torch.cat((known, torch.from_numpy(more[name]).to(known.dtype)))
+
+    codes = torch.cat((encoded.codes, encoded.codes[torch.from_numpy(flat)]))
+    said = {int(n): " ".join(texts[int(text[c])] for c in chain) for n, chain in zip(numbers, chains, strict=True)}
+    found = shards.Encoded(codes, longer("text"), longer("speaker"), longer("n_frames"), encoded.names)
+    return found, texts | said
 
 
 def read_texts(path: Path) -> dict[int, str]:
@@ -695,8 +716,11 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     tokenizer = Tokenizer.load(args.tokenizer)
     config = config_of(tokenizer, toy=args.toy)
-    encoded, references = read_set(args.set)
-    examples = Examples(encoded, references, read_texts(args.texts), tokenizer, settings, device)
+    texts = read_texts(args.texts)
+    encoded = shards.read(args.set)
+    if settings.joined:
+        encoded, texts = joined(encoded, texts, settings.joined, settings.n_joined, settings.seed)
+    examples = Examples(encoded, shards.read_references(args.set), texts, tokenizer, settings, device)
     codec = Codec(recipe.codec_config())
     codec.load_state_dict(parts.read(args.codec.parent, args.codec.name))
     model = Model(config)
