@@ -1,8 +1,8 @@
 """Which clips the small voice learns from: lists chosen by seed, named by their SHA-256, and the audio behind them.
 
-The corpus (its README says what it is) holds every sentence in one voice only. A voice that is chosen by an x-vector
-must hear the same sentence from several speakers, so `synthesize.py` speaks the chosen sentences in the other
-voices too. The splits unseen-text and unseen-voice are never touched here.
+The corpus (its README says what it is) holds every sentence in one voice only. What stays the same when another voice
+says a sentence can only be learnt from several voices that say it, so `cross.py` speaks some of them in four voices.
+The splits unseen-text and unseen-voice are never touched here.
 """
 
 from __future__ import annotations
@@ -71,15 +71,6 @@ def crossed_clips(folder: Path, n_sentences: int) -> list[Clip]:
         for voice, file in files.items():
             found.append(Clip(file, clip.text, voice, soundfile.info(folder / file).duration))
     return found
-
-
-def paired_clips(folder: Path, n_sentences: int) -> list[Clip]:
-    """The ``n_sentences`` shortest of the first 200 sentences, each in two voices; every pair of voices recurs."""
-    crossed = crossed_clips(folder, 200)
-    rows = [crossed[i : i + len(VOICES)] for i in range(0, len(crossed), len(VOICES))]
-    rows.sort(key=lambda row: max(clip.seconds for clip in row))
-    pairs = [(a, b) for a in range(len(VOICES)) for b in range(a)]
-    return [row[place] for i, row in enumerate(rows[:n_sentences]) for place in pairs[i % len(pairs)]]
 
 
 def list_sha256(clips: list[Clip]) -> str:

@@ -24,7 +24,7 @@ GENERATION: dict[str, Any] = {
     "max_new_tokens": 512,
     "repetition_penalty": 1.0,
     "subtalker_dosample": True,
-    "subtalker_temperature": 0.4,
+    "subtalker_temperature": 0.1,
     "subtalker_top_k": 50,
     "subtalker_top_p": 1.0,
     "temperature": 0.4,

@@ -2,7 +2,7 @@
 
 from quaver import TTS, Engine, Utterance, audio
 tts = TTS.load("tiny")
-speech = Engine(tts).say(Utterance("A sentence it knows.", "english", tts.voice("me.wav")))
+speech = Engine(tts).say(Utterance("Good morning to you all.", "english", tts.voice("me.wav")))
 audio.write("out.wav", speech.audio)
 """
 

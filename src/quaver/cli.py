@@ -300,7 +300,7 @@ def info(source: str, codec: str | None, device: str, *, verify: bool, as_json: 
 
 @cli.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True)
-@click.option("--say", "text", help="What to say. Default: a sentence the small voice knows.")
+@click.option("--say", "text", help="What to say: plain English. Default: a sentence of its own.")
 @_json_option
 def demo(out: Path, text: str | None, *, as_json: bool) -> None:
     """Quantize, validate and speak with the small voice that ships with quaver, offline."""

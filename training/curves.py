@@ -1,0 +1,71 @@
+"""Draw the loss curves of docs/VOICE.md from what the training runs logged.
+
+    python -m training.curves docs/voice
+
+reads talker.jsonl (OUT/curve.jsonl of `training.talker`), codec.log and polish.log (what `training.codec` printed) and
+writes one SVG each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from quaver.plots import Plot, Series, legend, svg
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+_STYLE = (
+    "<style>text{font-family:system-ui,sans-serif;fill:#555;font-size:12px}.grid{stroke:#ddd}"
+    ".line{fill:none;stroke-width:2}.limit{stroke:#b00;stroke-dasharray:5 4}"
+    + "".join(f".s{i}{{stroke:{c}}}.f{i}{{fill:{c}}}" for i, c in enumerate(_COLOURS))
+    + "</style>"
+)
+_LINE = re.compile(r"^(\d+) s, step (\d+): (.*?), bits")
+
+
+def picture(plot: Plot) -> str:
+    """``plot`` as a file of its own, its series named inside."""
+    drawn = svg(plot).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    start = drawn.index(">") + 1
+    names = "".join(
+        f'<text x="{60 + 150 * i}" y="14" style="fill:{_COLOURS[i]};font-weight:600">{series.name}</text>'
+        for i, series in enumerate(plot.series)
+    )
+    assert legend(plot) or len(plot.series) == 1
+    return f'{drawn[:start]}{_STYLE}<rect width="100%" height="100%" fill="#fff"/>{names}{drawn[start:]}\n'
+
+
+def codec_plot(log: str, title: str, fields: tuple[str, ...]) -> Plot:
+    """The ``fields`` of the lines that `training.codec` printed."""
+    found = [(m[2], m[3].split()) for m in map(_LINE.match, log.splitlines()) if m]
+    series = tuple(Series(f, tuple(float(words[words.index(f) + 1]) for _, words in found)) for f in fields if found)
+    return Plot("line", title, series, "step", "", tuple(step for step, _ in found))
+
+
+def talker_plot(rows: list[dict[str, float | str]], title: str, names: dict[str, str], kind: str) -> Plot:
+    """The fields ``names`` (shown as) of the rows of ``kind`` in curve.jsonl."""
+    kept = [row for row in rows if row["kind"] == kind]
+    series = tuple(Series(shown, tuple(float(row[name]) for row in kept)) for name, shown in names.items())
+    return Plot("line", title, series, "step", "nats", tuple(str(row["step"]) for row in kept))
+
+
+def main() -> None:
+    """Writes the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    rows = [json.loads(line) for line in (folder / "talker.jsonl").read_text("utf-8").splitlines()]
+    held = {"stream true": "codebook 0", "stream deaf": "no true history", "stream true rest": "codebooks 1 to 15"}
+    plots = {
+        "codec": codec_plot((folder / "codec.log").read_text("utf-8"), "Codec", ("mel", "r2", "r2-coded")),
+        "polish": codec_plot((folder / "polish.log").read_text("utf-8"), "Decoder alone", ("mel",)),
+        "talker": talker_plot(rows, "Talker, held-out sentences", held, "held out"),
+    }
+    for name, plot in plots.items():
+        (folder / f"{name}.svg").write_text(picture(plot), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
