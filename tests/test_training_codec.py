@@ -128,3 +128,22 @@ def test_the_decoders_error_never_reaches_codebook_0() -> None:
     found = quantizer.quantize(codec, latents)
     (gradient,) = torch.autograd.grad(found.semantic[0].sum(), semantic.input_proj.weight)
     assert gradient.abs().sum() > 0
+
+
+def test_rows_that_keep_fewer_codebooks_are_made_of_these() -> None:
+    torch.manual_seed(0)
+    codec = Codec(parse(CodecConfig, toy.codec_settings(), "toy"))
+    latents = torch.randn(3, codec.encoder.config.hidden_size, 5)
+    n_acoustic = len(quantizer.codebooks(codec)) - 1
+    with torch.no_grad():
+        whole = quantizer.quantize(codec, latents)
+        some = quantizer.quantize(codec, latents, torch.tensor([n_acoustic, 1, 0]))
+        (_, read), (_, project) = quantizer.branches(codec)
+        vectors = torch.stack([b.embedding[c] for b, c in zip(quantizer.codebooks(codec), whole.codes, strict=True)])
+        first, second = (v.view(3, 5, -1).transpose(1, 2) for v in vectors[:2])
+        alone = read(first) + project(torch.zeros_like(second))
+        with_one = read(first) + project(second)
+    torch.testing.assert_close(some.latents[0], whole.latents[0])
+    torch.testing.assert_close(some.latents[1], with_one[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(some.latents[2], alone[2], atol=1e-5, rtol=1e-4)
+    assert torch.equal(some.codes, whole.codes)

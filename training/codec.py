@@ -136,6 +136,12 @@ class Trainer:
         """A batch of crops."""
         return self.pool.draw(self.settings.batch, self.settings.n_frames, self.settings.changed)
 
+    def kept(self, n: int) -> Tensor:
+        """How many acoustic codebooks [n] the decoder gets of each crop: mostly all, in a share ``fewer`` not."""
+        n_acoustic = recipe.N_CODEBOOKS - 1
+        fewer = torch.randint(n_acoustic, (n,), device=self.device)
+        return torch.where(torch.rand(n, device=self.device) < self.settings.fewer, fewer, n_acoustic)
+
     def encode(self, samples: Tensor) -> Tensor:
         """The latents of ``samples``: when polishing, exactly those that will be coded."""
         fast = self.device.type == "cuda" and not self.polishing
@@ -153,7 +159,7 @@ class Trainer:
         zero = spread.new_zeros(())
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if self.coded:
-                found = quantizer.quantize(self.codec, latents)
+                found = quantizer.quantize(self.codec, latents, self.kept(len(latents)))
                 made, commitment = self.codec.decoder.from_latents(found.latents).float(), found.commitment
                 self.residuals.copy_(found.residuals)
                 self.codes.copy_(found.codes)
@@ -390,6 +396,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--name", default="codec-end", help="another name of these parts")
     parser.add_argument("--out", type=Path, required=True, help="where the trained parts go, 15 MiB a file")
     parser.add_argument("--seconds", type=float, default=490.0)
+    parser.add_argument("--fewer", type=float, help="the share of crops heard through the first codebooks only")
     parser.add_argument("--device", help="such as cuda:1, where several programs share a host")
     parser.add_argument("--polish", action="store_true", help="train the decoder alone")
     parser.add_argument("--toy", action="store_true", help="a few steps at toy size, on a CPU")
@@ -414,6 +421,8 @@ def main() -> None:
 
     begun = time.monotonic()
     settings = recipe.polishing(args.seconds) if args.polish else recipe.CodecRecipe(total_s=args.seconds)
+    if args.fewer is not None:
+        settings = dataclasses.replace(settings, fewer=args.fewer)
     if args.toy:
         settings = dataclasses.replace(settings, batch=2, n_frames=4, warmup_s=args.seconds / 4)
     recordings = from_corpus(args.data, 12 if args.toy else None)

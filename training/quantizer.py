@@ -66,9 +66,11 @@ def semantic(codec: Codec, latents: Tensor) -> Tensor:
     return projected.transpose(1, 2)
 
 
-def quantize(codec: Codec, latents: Tensor) -> Quantized:
+def quantize(codec: Codec, latents: Tensor, kept: Tensor | None = None) -> Quantized:
     """``latents`` [B, hidden, T] through the codebooks, in float32.
 
+    ``kept`` [B]: how many acoustic codebooks of a row the decoder gets, all where it is None. Rows that lose the last
+    ones make the first ones carry what must be heard (as in SoundStream, Zeghidour et al. 2021).
     The decoder's error reaches the encoder through the acoustic codebooks only. Codebook 0 follows its targets, and
     the decoder learns to read it as it is: else it would soon code whatever lowers the error most.
     """
@@ -83,7 +85,7 @@ def quantize(codec: Codec, latents: Tensor) -> Quantized:
             total = torch.zeros_like(residual)
             if not first:
                 narrow = narrow + narrowness(residual, spread=True)
-            for book in quantizer.codebooks:
+            for number, book in enumerate(quantizer.codebooks):
                 with torch.no_grad():
                     found = _nearest(residual, book.embedding)
                     vectors = F.embedding(found, book.embedding)
@@ -91,7 +93,11 @@ def quantize(codec: Codec, latents: Tensor) -> Quantized:
                 residuals.append(residual.detach())
                 if not first:
                     commitment = commitment + (residual - vectors).square().mean()
-                residual, total = residual - vectors, total + vectors
+                residual = residual - vectors
+                if first or kept is None:
+                    total = total + vectors
+                else:
+                    total = total + vectors * (number < kept).repeat_interleave(projected.shape[1])[:, None]
             total = total.view_as(projected)
             if first:
                 heard = torch.stack((phonetic, total))

@@ -104,6 +104,8 @@ class CodecRecipe:
     n_frames: int = 30
     changed: float = 0.5
     """The share of crops that are slower or faster, and so higher or lower, than the recording."""
+    fewer: float = 0.0
+    """The share of crops of which the decoder gets the first acoustic codebooks only; the voice that ships had none."""
     lr: float = 6e-4
     discriminator_lr: float = 4e-4
     warmup_s: float = 25.0
