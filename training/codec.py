@@ -1,7 +1,7 @@
 """Train the codec: samples to 16 codes a frame and back, on one GPU or several of one host.
 
     torchrun --nproc-per-node=2 -m training.codec --data FOLDER --codec PARTS --out OUT --seconds 490
-    python -m training.codec --polish --data FOLDER --set SET --codec PARTS --out OUT --seconds 800
+    python -m training.codec --polish --data FOLDER --references ENCODED --codec PARTS --out OUT --seconds 392
 
 FOLDER is what `training.phonetic distil` wrote. PARTS are codec-end parts (see `training.parts`) to start from: with
 as many codes as now, training goes on; with another number, encoder and decoder are kept, codebook 0 is learnt anew
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from quaver.model.codec_encoder import Codec
 from training import data, parts, phonetic, quantizer, recipe
 from training.losses import Discriminators, MelDistance
-from training.pool import Crops, Pool, from_corpus, from_set
+from training.pool import Crops, Pool, from_corpus, from_references, from_set
 
 _REPORTED = ("mel", "wave", "commit", "own", "adv", "match", "narrow", "spread", "loss", "r2", "r2-coded")
 _ODD_STEPS = 100
@@ -392,6 +392,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that `training.phonetic distil` wrote")
     parser.add_argument("--set", type=Path, action="append", default=[], help="a synthesized set to learn from as well")
+    parser.add_argument(
+        "--references", type=Path, help="an encoded set: its speakers' recordings to learn from as well"
+    )
     parser.add_argument("--codec", type=Path, help="a folder with codec-end parts to start from")
     parser.add_argument("--name", default="codec-end", help="another name of these parts")
     parser.add_argument("--out", type=Path, required=True, help="where the trained parts go, 15 MiB a file")
@@ -428,6 +431,8 @@ def main() -> None:
     recordings = from_corpus(args.data, 12 if args.toy else None)
     for folder in args.set:
         recordings += from_set(folder)
+    if args.references:
+        recordings += from_references(args.references)
     pool = Pool(recordings, device)
     start = parts.read(args.codec, args.name) if args.codec else None
     trainer = Trainer(pool, settings, device, world, start, args.polish)
@@ -449,9 +454,7 @@ def main() -> None:
 
     def save(name: str) -> None:
         if rank == 0:
-            state = parts.codec_state(trainer.codec, trainer.ema)
-            for path in parts.write(args.out / "unfinished", f"codec-{name}", state, torch.float16):
-                path.replace(args.out / path.name)
+            parts.write(args.out, f"codec-{name}", parts.codec_state(trainer.codec, trainer.ema), torch.float16)
             log(f"saved codec-{name}")
 
     train(trainer, log, save)

@@ -28,7 +28,9 @@ def write(folder: Path, name: str, state: dict[str, Tensor], dtype: torch.dtype)
         size += tensor.nbytes
     paths = [folder / f"{name}-{i}.safetensors" for i in range(len(groups))]
     for path, group in zip(paths, groups, strict=True):
-        save_file(group, path)
+        beside = path.with_name(path.name + ".part")
+        save_file(group, beside)
+        beside.replace(path)
     return paths
 
 

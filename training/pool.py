@@ -20,6 +20,7 @@ from training import data, phonetic, recipe, shards
 
 _SLOWEST, _FASTEST = 0.85, 1.2
 _TAPS = 32
+_PIECE_FRAMES, _GROUPS = 35, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,19 @@ def from_corpus(folder: Path, n_clips: int | None = None) -> list[Recording]:
 def from_set(folder: Path) -> list[Recording]:
     """The clips of a synthesized set, without targets."""
     return [Recording(clip.speaker, clip.read()) for clip in shards.spoken(folder)]
+
+
+def from_references(folder: Path) -> list[Recording]:
+    """The speakers' recordings of the encoded set in ``folder``, in pieces, without targets.
+
+    Speakers share ``_GROUPS`` voices: each with a voice of its own would drown the corpus.
+    """
+    size = _PIECE_FRAMES * recipe.SAMPLES_PER_FRAME
+    return [
+        Recording(f"group {number % _GROUPS}", samples[start : start + size])
+        for number, samples in enumerate(shards.read_references(folder))
+        for start in range(0, len(samples) - size + 1, size)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

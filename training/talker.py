@@ -29,13 +29,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quaver.checkpoint import Checkpoint
 from quaver.config import ModelConfig, parse
 from quaver.engine import ENDED, Engine, Knobs
+from quaver.files import write_file
 from quaver.model import speaker as speaker_encoder
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import TTS, Layout, Model, Utterance
@@ -514,25 +515,14 @@ class Trainer:
         ratio = n_said.double() / torch.from_numpy(e.n_frames[clips])
         kept = torch.cat([c[:k] for c, k in zip(codes, n_said.tolist(), strict=True)]).to(torch.int16)
         numbers = {"text": torch.from_numpy(e.text[clips]), "speaker": torch.from_numpy(e.speaker[clips])}
-        with aside(out / "said.safetensors") as path:
-            save_file({"codes": kept, "n_frames": n_said, **numbers}, path)
+        write_file(out / "said.safetensors", save_bytes({"codes": kept, "n_frames": n_said, **numbers}))
         ended = float((n_said < len(frames)).double().mean()) if len(frames) == limit else 1.0
         return {"stopped": ended, "longer": float(ratio.mean()), "longest": float(ratio.max())}
 
 
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` once all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    yield beside
-    beside.replace(path)
-
-
 def save(trainer: Trainer, out: Path, name: str = "talker") -> None:
-    """Writes OUT/``name``-*.safetensors, whole files only."""
-    for path in parts.write(out / "part", name, trainer.averaged(), torch.bfloat16):
-        path.replace(out / path.name)
+    """Writes OUT/``name``-*.safetensors."""
+    parts.write(out, name, trainer.averaged(), torch.bfloat16)
 
 
 def disturbed(codes: Tensor, rate: Tensor) -> Tensor:
