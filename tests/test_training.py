@@ -13,7 +13,8 @@ from quaver.model.codec_encoder import Codec
 from quaver.model.tts import TTS, Utterance
 from quaver.text import Tokenizer
 from quaver.voice import Voice
-from training import quantizer, stack
+from training import quantizer, recipe, stack
+from training.patches import COLUMNS, Patches
 from training.plans import Planner, Speech, length
 from training.tokenizer import learn, spelled, write
 
@@ -102,24 +103,29 @@ def _codec() -> Codec:
     return Codec(parse(CodecConfig, toy.codec_settings(), "toy"))
 
 
-def test_widening_keeps_the_function_and_evens_out_the_axes() -> None:
+def test_aimed_projections_tell_their_targets_and_the_decoder_reads_on() -> None:
     codec = _codec()
-    # As wide as the projection: then no axis is lost and the function must be the same.
-    latents = torch.randn(4000, 16) * torch.logspace(0, -1.5, 16) @ torch.randn(16, 32)
+    latents = torch.randn(4000, 32)
+    semantic, acoustic = (latents @ torch.linalg.qr(torch.randn(32, 32))[0]).chunk(2, dim=1)
+    semantic = semantic.clone()
+    known = (torch.arange(4000) % 2).float()
+    # Where nothing is known the targets are none.
+    semantic[known == 0] = 1e3
     whole = latents.T[None]
     before = quantizer.unquantized(codec, whole)
-    quantizer.widen(codec, latents)
+    explained = quantizer.aim(codec, latents, (semantic, acoustic), known)
+    assert min(explained) > 0.999
+    told = quantizer.to_code(codec, whole)
+    torch.testing.assert_close(told[0][0][known > 0], semantic[known > 0], atol=0.05, rtol=0.01)
+    torch.testing.assert_close(told[1][0], acoustic, atol=0.05, rtol=0.01)
+    # Sixteen and sixteen dimensions tell all of thirty-two: then the function must be the same.
     after = quantizer.unquantized(codec, whole)
     assert (after - before).norm() / before.norm() < 1e-2
-    projected = codec.encoder.quantizer.acoustic.input_proj(whole)[0]
-    spread = projected.square().mean(1).sqrt()
-    assert spread.max() / spread.min() < 10.0
 
 
 def test_codebooks_by_k_means_code_better_than_chance_and_export_fits_the_decoder() -> None:
     codec = _codec()
     latents = torch.randn(600, 32)
-    quantizer.widen(codec, latents)
     quantizer.start(codec, latents, usage=2.0)
     found = quantizer.quantize(codec, latents.T[None])
     assert found.codes.shape == (16, 600)
@@ -130,16 +136,29 @@ def test_codebooks_by_k_means_code_better_than_chance_and_export_fits_the_decode
     torch.testing.assert_close(codec.encoder.quantizer.encode(latents.T[None], 16)[0], found.codes)
 
 
-def test_narrowness_sees_dead_parallel_and_loud_dimensions() -> None:
+def test_pictures_of_frames_follow_the_sound_and_have_components_of_unit_power() -> None:
     torch.manual_seed(0)
-    good = 0.9 * torch.randn(5000, 16)
-    dead, parallel = good.clone(), good.clone()
-    dead[:, 8:] *= 1e-3
-    parallel[:, 1:] = good[:, :1]
-    baseline = float(quantizer.narrowness(good, spread=True))
-    assert baseline < 0.01
-    for bad in (dead, parallel, 3.0 * good):
-        assert float(quantizer.narrowness(bad, spread=True)) > baseline + 0.2
+    patches = Patches(32)
+    frame = recipe.SAMPLES_PER_FRAME
+    time_ = torch.arange(8 * frame) / 24_000
+    low, high = (torch.sin(2 * torch.pi * hz * time_)[None] for hz in (300.0, 3000.0))
+    pictures = patches.pictures(torch.cat((low, high))).view(2, 8, COLUMNS, -1)
+    bins = pictures[:, 2:6].argmax(-1).unique(dim=2)
+    assert bins.shape == (2, 4, 1)
+    assert bool((bins[0] < bins[1]).all())
+    # A sound in the third frame alone is seen in no other frame but by what a window overlaps.
+    click = torch.zeros(1, 8 * frame)
+    click[0, 2 * frame + frame // 2] = 1.0
+    loud = patches.pictures(click)[0].amax(1)
+    assert int(loud.argmax()) == 2
+    assert float(loud[[0, 1, 3, 4]].max()) < float(loud[2]) - 3.0
+    batches = [torch.randn(4, 6 * frame) * torch.rand(4, 6).repeat_interleave(frame, 1) for _ in range(12)]
+    assert 0.5 < patches.fit(batches) <= 1.0
+    found = torch.cat([patches.components(patches.pictures(x)).flatten(0, 1) for x in batches])
+    torch.testing.assert_close(found.mean(0), torch.zeros(32), atol=1e-2, rtol=0)
+    assert abs(float(found.square().mean()) - 1.0) < 1e-3
+    spread = found.std(0)
+    assert bool((spread[:-1] >= spread[1:] - 1e-4).all())
 
 
 def test_unused_codes_are_moved_onto_the_batch() -> None:

@@ -87,7 +87,7 @@ def test_clips_encoded_together_have_the_codes_of_each_alone() -> None:
 def test_an_unchanged_crop_is_the_recording_but_for_its_loudness() -> None:
     torch.manual_seed(0)
     recordings = [Recording(v, _noise(30, i), torch.full((30, 2), float(i)).half()) for i, v in enumerate("abc")]
-    recordings.append(Recording("a", _noise(30, 9)))
+    recordings.append(Recording("a", _noise(30, 9), torch.zeros(30, 2).half()))
     pool = Pool(recordings, torch.device("cpu"))
     crops = pool.draw(12, 4, changed=0.0)
     recorded = pool.samples.float() / 32767.0
@@ -104,6 +104,24 @@ def test_an_unchanged_crop_is_the_recording_but_for_its_loudness() -> None:
     drawn = torch.cat([pool.draw(50, 1, changed=0.0).targets[:, 0, 0] for _ in range(6)])
     # Voice "a" has two clips, and is drawn no more often for it.
     assert ((drawn > 0).float().mean() - 2 / 3).abs() < 0.12
+
+
+def test_a_pool_is_filled_again_in_place_and_half_of_its_draws_have_targets() -> None:
+    torch.manual_seed(0)
+    told = [Recording(v, np.full(40 * _FRAME, 4000, np.int16), torch.ones(40, 2).half()) for v in "ab"]
+    pool = Pool(told, torch.device("cpu"), n_frames=400)
+    kept = pool.samples.data_ptr(), pool.counts.data_ptr()
+    assert float(pool.draw(40, 2, changed=0.0).known.mean()) == 1.0
+    more = [Recording(f"x{i}", np.full(40 * _FRAME, -4000, np.int16)) for i in range(20)]
+    pool.fill(told + more)
+    assert (pool.samples.data_ptr(), pool.counts.data_ptr()) == kept
+    # Two and eight of these clips fit; the other voices are left out.
+    assert pool.described.startswith("10 clips")
+    drawn = [pool.draw(50, 2, changed=0.0) for _ in range(20)]
+    known = torch.cat([crops.known[:, 0] for crops in drawn])
+    positive = torch.cat([crops.samples[:, 0] > 0 for crops in drawn])
+    assert torch.equal(known > 0, positive)
+    assert abs(float(known.mean()) - 0.5) < 0.06
 
 
 def test_a_faster_crop_sounds_higher() -> None:

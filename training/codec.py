@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,13 @@ from torch.nn import functional as F
 from quaver.model.codec_encoder import Codec
 from training import data, parts, phonetic, quantizer, recipe
 from training.losses import Discriminators, MelDistance
-from training.pool import Crops, Pool, from_corpus, from_references, from_set
+from training.patches import WIDTH, Patches
+from training.pool import Crops, Pool, Recording, from_corpus, from_set
 
-_REPORTED = ("mel", "wave", "commit", "own", "adv", "match", "narrow", "spread", "loss", "r2", "r2-coded")
+_REPORTED = (
+    *("mel", "wave", "commit", "own", "adv", "match", "trunk", "heard", "spread", "loss"),
+    *("r2", "r2-coded", "patch", "patch-coded"),
+)
 _ODD_STEPS = 100
 """So many steps and one in ten may give gradients that are not finite; more end the run."""
 
@@ -111,6 +116,15 @@ class Trainer:
         ]
         self.theirs = list(self.discriminators.parameters())
         self.ema = copy.deepcopy(self.codec.decoder)
+        self.patches = Patches(self.codec.encoder.config.vector_quantization_hidden_dimension).to(device)
+        decoder = self.codec.decoder.config
+        # What the decoder makes of the latents before it makes sound of it, read as pictures; not part of the codec.
+        self.sketch = nn.Linear(decoder.latent_dim, WIDTH // math.prod(decoder.upsampling_ratios)).to(device)
+        self.trunk = torch.zeros(0)
+        self.codec.decoder.decoder[0].register_forward_pre_hook(self._keep_trunk)
+        self.own += list(self.sketch.parameters())
+        # Hears what is said in sound, as codebook 0 was taught to; it learns no more.
+        self.listener = copy.deepcopy(self.codec.encoder).requires_grad_(False) if start is not None else None
         self.followed = list[Tensor](self.ema.parameters()), list[Tensor](self.codec.decoder.parameters())
         n_books, n_codes, width = recipe.N_CODEBOOKS, recipe.N_CODES, self.codec.encoder.config.codebook_dim
         sizes = [p.numel() for p in (*self.own, *self.theirs)] + [n_books * n_codes, n_books * n_codes * width]
@@ -132,14 +146,17 @@ class Trainer:
         self.residuals = torch.zeros(n_books, n_vectors, width, device=device)
         self.codes = torch.zeros(n_books, n_vectors, dtype=torch.long, device=device)
 
+    def _keep_trunk(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.trunk = inputs[0]
+
     def draw(self) -> Crops:
         """A batch of crops."""
         return self.pool.draw(self.settings.batch, self.settings.n_frames, self.settings.changed)
 
     def kept(self, n: int) -> Tensor:
-        """How many acoustic codebooks [n] the decoder gets of each crop: mostly all, in a share ``fewer`` not."""
+        """How many acoustic codebooks [n] the decoder gets of each crop: all, but in a share ``fewer`` rather few."""
         n_acoustic = recipe.N_CODEBOOKS - 1
-        fewer = torch.randint(n_acoustic, (n,), device=self.device)
+        fewer = (n_acoustic * torch.rand(n, device=self.device).square()).long()
         return torch.where(torch.rand(n, device=self.device) < self.settings.fewer, fewer, n_acoustic)
 
     def encode(self, samples: Tensor) -> Tensor:
@@ -151,39 +168,61 @@ class Trainer:
         ):
             return self.codec.encoder.latents(samples).float()
 
+    def reheard(self, real: Tensor, made: Tensor) -> Tensor:
+        """The share of what is said in half of ``real`` [B, N] that is not heard in ``made``."""
+        if self.listener is None:
+            return made.new_zeros(())
+        n = max(1, len(real) // 2)
+        both = torch.cat((real[:n], made[:n]))
+        latents = self.listener.latents(both)
+        wanted, got = self.listener.quantizer.semantic.input_proj(latents).float().chunk(2)
+        missed: Tensor = (got - wanted).square().sum(1).mean() / self.pool.power
+        return missed
+
+    def sketched(self, pictures: Tensor) -> Tensor:
+        """How far ``pictures`` [B, T, WIDTH] are from those read off the middle of the decoder after a pass."""
+        drawn = self.sketch(self.trunk.transpose(1, 2)).float()
+        distance: Tensor = (drawn.reshape(pictures.shape) - (pictures - self.patches.mean)).abs().mean()
+        return distance
+
     def differentiate(self) -> None:
         """Draws a batch and leaves its gradients and codebook statistics in ``flat``."""
         s, crops = self.settings, self.draw()
         real, latents = crops.samples, self.encode(crops.samples)
+        pictures = self.patches.pictures(real)
         spread = latents.square().mean()
         zero = spread.new_zeros(())
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if self.coded:
                 found = quantizer.quantize(self.codec, latents, self.kept(len(latents)))
                 made, commitment = self.codec.decoder.from_latents(found.latents).float(), found.commitment
+                sketched = self.sketched(pictures)
                 self.residuals.copy_(found.residuals)
                 self.codes.copy_(found.codes)
-                narrow = found.narrowness
                 own, adversarial, matching = self.discriminators(*excerpts(real, made))
             else:
                 made = self.codec.decoder.from_latents(quantizer.unquantized(self.codec, latents)).float()
-                commitment = narrow = zero
-                own = adversarial = matching = zero
+                sketched = self.sketched(pictures)
+                commitment = own = adversarial = matching = zero
+            heard = self.reheard(real, made)
+        pictured = self.patches.components(pictures)
         if self.coded:
             missed, missed_coded = (unexplained(z, crops, self.pool.power) for z in found.semantic)
+            blurred, blurred_coded = ((z - pictured).square().mean() for z in found.acoustic)
             if not self.polishing:
                 counts, sums = quantizer.statistics(found, recipe.N_CODES)
                 self.counts.copy_(counts)
                 self.sums.copy_(sums)
         else:
-            missed = unexplained(quantizer.semantic(self.codec, latents), crops, self.pool.power)
-            missed_coded = zero + 1.0
+            phonetic, acoustic = quantizer.to_code(self.codec, latents)
+            missed, blurred = unexplained(phonetic, crops, self.pool.power), (acoustic - pictured).square().mean()
+            missed_coded = blurred_coded = zero + 1.0
         mel, wave = self.distance(real, made), (real - made).abs().mean()
-        loss = s.mel_weight * mel + wave
+        loss = s.mel_weight * mel + wave + s.sketch_weight * sketched + s.heard_weight * heard
         loss = loss + self.ramp * (s.adversarial_weight * adversarial + s.matching_weight * matching)
         if not self.polishing:
-            loss = loss + s.commitment_weight * commitment + narrow + 0.1 * (spread - 2.0).clamp(min=0.0)
-            loss = loss + s.phonetic_weight * missed
+            loss = loss + s.commitment_weight * commitment + 0.1 * (spread - 2.0).clamp(min=0.0)
+            loss = loss + s.phonetic_weight * missed + s.picture_weight * blurred
         gradients = list(torch.autograd.grad(loss, self.own, retain_graph=self.coded))
         if self.coded:
             gradients += torch.autograd.grad(own, self.theirs)
@@ -191,8 +230,9 @@ class Trainer:
             gradients += [torch.zeros_like(p) for p in self.theirs]
         targets = [p.grad for p in (*self.own, *self.theirs)]
         torch._foreach_copy_(targets, gradients)  # type: ignore[arg-type]
-        values = (mel, wave, commitment, own, adversarial, matching, narrow, spread, loss, 1 - missed, 1 - missed_coded)
-        reported = torch.stack(values).detach()
+        values = (mel, wave, commitment, own, adversarial, matching, sketched, heard, spread, loss)
+        shares = (1 - missed, 1 - missed_coded, 1 - blurred, 1 - blurred_coded)
+        reported = torch.stack((*values, *shares)).detach()
         self.report.lerp_(torch.where(reported.isfinite(), reported, self.report), 0.05)
 
     @torch.no_grad()
@@ -255,20 +295,36 @@ class Trainer:
         with torch.no_grad():
             return torch.cat([self.encode(self.draw().samples).transpose(1, 2).flatten(0, 1) for _ in range(n_batches)])
 
-    def begin_anew(self) -> None:
-        """Gives the acoustic path all that the decoder reads, and begins the semantic one anew, on every process."""
-        quantizer.widen(self.codec, self.collect(40), fold=True)
+    def begin_anew(self) -> str:
+        """Aims both projections at what they are to tell, the same on every process; says how far they tell it."""
+        n_batches = 200 if self.device.type == "cuda" else 8
+        explained = self.patches.fit(self.draw().samples for _ in range(n_batches))
+        for buffer in self.patches.buffers():
+            if self.world > 1:
+                dist.broadcast(buffer, 0)
+        latents, phonetic, pictured, known = [], [], [], []
+        width = self.patches.axes.shape[1]
+        with torch.no_grad():
+            for _ in range(n_batches):
+                crops = self.draw()
+                latents.append(self.encode(crops.samples).transpose(1, 2).flatten(0, 1))
+                phonetic.append(F.pad(crops.targets, (0, width - crops.targets.shape[-1])).flatten(0, 1))
+                pictured.append(self.patches.components(self.patches.pictures(crops.samples)).flatten(0, 1))
+                known.append(crops.known.flatten())
+        targets = torch.cat(phonetic), torch.cat(pictured)
+        shares = quantizer.aim(self.codec, torch.cat(latents), targets, torch.cat(known))
         self.share()
+        self.coded = False
+        return f"pictures: {explained:.3f} to be told, {shares[1]:.3f} of it so far; what is said: {shares[0]:.3f}"
 
     def begin_coding(self) -> None:
         """Ends the warm-up: codebooks by k-means on latents of many batches, the same on every process."""
-        latents = self.collect(100)
-        quantizer.widen(self.codec, latents)
-        quantizer.start(self.codec, latents, self.settings.batch * self.settings.n_frames / recipe.N_CODES)
+        usage = self.settings.batch * self.settings.n_frames / recipe.N_CODES
+        quantizer.start(self.codec, self.collect(100), usage)
         self.share()
         self.coded = True
         for optimizer in self.optimizers:
-            # The projections were rescaled: their old moments mislead.
+            # What they remember is of another way through.
             for state in optimizer.state.values():
                 for value in state.values():
                     value.zero_()
@@ -296,7 +352,30 @@ class Trainer:
         self.ramp.fill_(min(1.0, max(0.0, (elapsed_s - s.warmup_s - 10.0) / s.adversarial_ramp_s)))
 
 
-def train(trainer: Trainer, log: Callable[[str], None], save: Callable[[str], None]) -> None:
+class Growing:
+    """Sets that are still being spoken: read again beside the training, and put into its pool."""
+
+    def __init__(self, pool: Pool, fixed: list[Recording], folders: list[Path], times_s: list[float]) -> None:
+        self.pool, self.fixed, self.folders, self.times_s = pool, fixed, folders, times_s
+        self.reader: threading.Thread | None = None
+        self.found: list[Recording] = []
+
+    def _read(self) -> None:
+        self.found = [r for folder in self.folders for r in from_set(folder)]
+
+    def look(self, elapsed_s: float, log: Callable[[str], None]) -> None:
+        """Starts reading when it is time to, and fills the pool once all is read."""
+        if self.reader and not self.reader.is_alive():
+            self.reader = None
+            self.pool.fill(self.fixed + self.found)
+            log(f"{elapsed_s:.0f} s: now {self.pool.described}")
+        if self.folders and self.times_s and elapsed_s > self.times_s[0]:
+            self.times_s.pop(0)
+            self.reader = threading.Thread(target=self._read, daemon=True)
+            self.reader.start()
+
+
+def train(trainer: Trainer, log: Callable[[str], None], save: Callable[[str], None], growing: Growing) -> None:
     """Runs warm-up and training until the recipe's seconds are over, and saves now and then.
 
     Raises FloatingPointError when too many steps were not finite.
@@ -318,11 +397,13 @@ def train(trainer: Trainer, log: Callable[[str], None], save: Callable[[str], No
         elapsed = float(clock)
         if elapsed > s.total_s:
             break
+        growing.look(elapsed, log)
         if elapsed > s.warmup_s and not trainer.coded:
             log(f"{elapsed:.0f} s, {n_steps} steps: coding begins")
             del step
             trainer.begin_coding()
             step = trainer.captured()
+            log(f"{time.monotonic() - begun:.0f} s: captured again")
         trainer.pace(elapsed)
         for _ in range(block):
             step()
@@ -354,7 +435,7 @@ def measure(trainer: Trainer, folder: Path, n_clips: int | None = None) -> str:
     codec, lines = trainer.codec, []
     targets = phonetic.read(folder, "held")
     clips, ends = targets.clips[:n_clips], [*targets.starts[1:], len(targets.values)]
-    groups: dict[str, list[tuple[float, float, float, float]]] = {"all": []}
+    groups: dict[str, list[tuple[float, ...]]] = {"all": []}
     used = []
     for clip, samples, start, end in zip(clips, data.read_clips(folder, clips), targets.starts, ends, strict=False):
         whole = np.pad(samples, (0, -len(samples) % recipe.SAMPLES_PER_FRAME))
@@ -364,15 +445,19 @@ def measure(trainer: Trainer, folder: Path, n_clips: int | None = None) -> str:
         made = trainer.ema.from_latents(codec_latents(trainer, found))
         crops = Crops(real, wanted, torch.ones(wanted.shape[:2], device=trainer.device))
         missed, coded = (float(unexplained(z, crops, wanted.square().sum(-1).mean())) for z in found.semantic)
-        row = (float(end - start), missed, coded, float(trainer.distance(real, made)))
+        pictured = trainer.patches.components(trainer.patches.pictures(real))
+        power = pictured.square().mean()
+        blurred = [float((z - pictured).square().mean() / power) for z in found.acoustic]
+        row = (float(end - start), missed, coded, float(trainer.distance(real, made)), *blurred)
         groups["all"].append(row)
         groups.setdefault(clip.voice, []).append(row)
         used.append(found.codes[:1])
     for name, rows in groups.items():
-        weight, missed, coded, mel = np.array(rows).T
+        weight, missed, coded, mel, *blurred = np.array(rows).T
         lines.append(
             f"  {name}: r2 {1 - np.average(missed, weights=weight):.3f}, "
-            f"coded {1 - np.average(coded, weights=weight):.3f}, mel {np.average(mel, weights=weight):.3f}"
+            f"coded {1 - np.average(coded, weights=weight):.3f}, mel {np.average(mel, weights=weight):.3f}, "
+            + "pictures {:.3f}, coded {:.3f}".format(*(1 - np.average(x, weights=weight) for x in blurred))
         )
     bits = float(quantizer.perplexity_bits(torch.cat(used, 1), recipe.N_CODES))
     return "\n".join([f"held: {len(clips)} clips, codebook 0 uses {bits:.2f} bits", *lines])
@@ -393,17 +478,28 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="the folder that `training.phonetic distil` wrote")
     parser.add_argument("--set", type=Path, action="append", default=[], help="a synthesized set to learn from as well")
     parser.add_argument(
-        "--references", type=Path, help="an encoded set: its speakers' recordings to learn from as well"
+        "--growing", type=Path, action="append", default=[], help="a set still being spoken, read four times"
     )
+    parser.add_argument("--room", type=float, default=14.0, help="hours of speech kept for growing sets")
     parser.add_argument("--codec", type=Path, help="a folder with codec-end parts to start from")
     parser.add_argument("--name", default="codec-end", help="another name of these parts")
     parser.add_argument("--out", type=Path, required=True, help="where the trained parts go, 15 MiB a file")
     parser.add_argument("--seconds", type=float, default=490.0)
     parser.add_argument("--fewer", type=float, help="the share of crops heard through the first codebooks only")
     parser.add_argument("--device", help="such as cuda:1, where several programs share a host")
+    parser.add_argument("--anew", action="store_true", help="begin coding anew even where PARTS have as many codes")
     parser.add_argument("--polish", action="store_true", help="train the decoder alone")
     parser.add_argument("--toy", action="store_true", help="a few steps at toy size, on a CPU")
     return parser.parse_args()
+
+
+def _settings(args: argparse.Namespace) -> recipe.CodecRecipe:
+    settings = recipe.polishing(args.seconds) if args.polish else recipe.CodecRecipe(total_s=args.seconds)
+    if args.fewer is not None:
+        settings = dataclasses.replace(settings, fewer=args.fewer)
+    if args.toy:
+        settings = dataclasses.replace(settings, batch=2, n_frames=4, warmup_s=args.seconds / 4)
+    return settings
 
 
 def main() -> None:
@@ -423,21 +519,17 @@ def main() -> None:
             print(text, flush=True)
 
     begun = time.monotonic()
-    settings = recipe.polishing(args.seconds) if args.polish else recipe.CodecRecipe(total_s=args.seconds)
-    if args.fewer is not None:
-        settings = dataclasses.replace(settings, fewer=args.fewer)
-    if args.toy:
-        settings = dataclasses.replace(settings, batch=2, n_frames=4, warmup_s=args.seconds / 4)
+    settings = _settings(args)
     recordings = from_corpus(args.data, 12 if args.toy else None)
     for folder in args.set:
         recordings += from_set(folder)
-    if args.references:
-        recordings += from_references(args.references)
-    pool = Pool(recordings, device)
+    room = int(args.room * 3600 * 12.5) if args.growing else None
+    pool = Pool(recordings, device, room)
     start = parts.read(args.codec, args.name) if args.codec else None
     trainer = Trainer(pool, settings, device, world, start, args.polish)
+    goes_on = trainer.coded and not args.anew
     log(f"{world} x {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
-    log(f"{pool.describe()}, read in {time.monotonic() - begun:.0f} s; {'going on' if trainer.coded else 'anew'}")
+    log(f"{pool.described}, read in {time.monotonic() - begun:.0f} s; {'going on' if goes_on else 'anew'}")
     if device.type == "cuda":
         from training import snake
 
@@ -446,18 +538,22 @@ def main() -> None:
         torch.cuda.manual_seed(settings.seed + rank)
     else:
         torch.manual_seed(settings.seed + rank)
-    if trainer.coded:
-        # What was learnt before needs no warm-up.
-        trainer.settings = dataclasses.replace(settings, warmup_s=0.0)
-    elif start is not None:
-        trainer.begin_anew()
 
     def save(name: str) -> None:
         if rank == 0:
             parts.write(args.out, f"codec-{name}", parts.codec_state(trainer.codec, trainer.ema), torch.float16)
+            parts.write(args.out, "patches", trainer.patches.state_dict(), torch.float32)
             log(f"saved codec-{name}")
 
-    train(trainer, log, save)
+    if goes_on:
+        # What was learnt before needs no warm-up.
+        trainer.settings = dataclasses.replace(settings, warmup_s=0.0)
+        trainer.patches.load_state_dict(parts.read(args.codec, "patches"))
+    else:
+        log(trainer.begin_anew())
+
+    growing = Growing(pool, recordings, args.growing, [share * settings.total_s for share in (0.16, 0.3, 0.45, 0.6)])
+    train(trainer, log, save, growing)
     save("polished" if args.polish else "end")
     torch.backends.cudnn.benchmark = False
     log(measure(trainer, args.data, 4 if args.toy else None))

@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--name", default="codec-end", help="another name of the codec's parts")
     parser.add_argument("--set", type=Path, action="append", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--large", action="store_true", help="recordings in large files, which are written sooner")
     parser.add_argument("--device", help="such as cuda:1")
     args = parser.parse_args()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -96,7 +97,7 @@ def main() -> None:
     # A GPU may else reckon with ten bits, and choose other codes than a CPU would.
     torch.backends.cudnn.allow_tf32 = False
     with ThreadPoolExecutor(1) as beside:
-        written = beside.submit(shards.write_references, args.out, references, names)
+        written = beside.submit(shards.write_references, args.out, references, names, small=not args.large)
         codes = encode(codec.encoder.to(device), samples, log=lambda text: print(text, flush=True))
         print(f"{time.monotonic() - begun:.0f} s: encoded", flush=True)
     encoded = shards.Encoded(

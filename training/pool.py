@@ -18,9 +18,9 @@ from torch import Tensor
 
 from training import data, phonetic, recipe, shards
 
-_SLOWEST, _FASTEST = 0.85, 1.2
+_SLOWEST, _FASTEST = 0.8, 1.25
 _TAPS = 32
-_PIECE_FRAMES, _GROUPS = 35, 60
+_SLOTS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,6 @@ def from_set(folder: Path) -> list[Recording]:
     return [Recording(clip.speaker, clip.read()) for clip in shards.spoken(folder)]
 
 
-def from_references(folder: Path) -> list[Recording]:
-    """The speakers' recordings of the encoded set in ``folder``, in pieces, without targets.
-
-    Speakers share ``_GROUPS`` voices: each with a voice of its own would drown the corpus.
-    """
-    size = _PIECE_FRAMES * recipe.SAMPLES_PER_FRAME
-    return [
-        Recording(f"group {number % _GROUPS}", samples[start : start + size])
-        for number, samples in enumerate(shards.read_references(folder))
-        for start in range(0, len(samples) - size + 1, size)
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class Crops:
     """A batch of crops."""
@@ -75,33 +62,64 @@ class Crops:
 
 
 class Pool:
-    """Recordings one after the other, voice by voice. Every voice is drawn equally often, however much it says."""
+    """Recordings one after the other, voice by voice. Every voice is drawn equally often, however much it says; half of
+    all draws are of recordings with targets, where there are both kinds.
 
-    def __init__(self, recordings: Iterable[Recording], device: torch.device) -> None:
-        ordered = sorted(recordings, key=lambda r: r.voice)
-        lengths = [len(r.samples) // recipe.SAMPLES_PER_FRAME for r in ordered]
-        counts = [len(list(group)) for _, group in groupby(ordered, key=lambda r: r.voice)]
-        width = max((r.targets.shape[1] for r in ordered if r.targets is not None), default=1)
-        values = torch.zeros(sum(lengths), width, dtype=torch.float16)
-        known = torch.zeros(sum(lengths))
-        starts = np.cumsum([0, *lengths])
-        for recording, start, end in zip(ordered, starts, starts[1:], strict=False):
+    A pool for ``n_frames`` can be filled again with as many while a CUDA graph draws from it.
+    """
+
+    def __init__(self, recordings: Iterable[Recording], device: torch.device, n_frames: int | None = None) -> None:
+        known = list(recordings)
+        size = n_frames or sum(len(r.samples) for r in known) // recipe.SAMPLES_PER_FRAME
+        width = max((r.targets.shape[1] for r in known if r.targets is not None), default=1)
+        self.samples = torch.zeros(size * recipe.SAMPLES_PER_FRAME, dtype=torch.int16, device=device)
+        self.values = torch.zeros(size, width, dtype=torch.float16, device=device)
+        self.known = torch.zeros(size, device=device)
+        self.starts = torch.zeros(size, dtype=torch.long, device=device)
+        self.power = torch.ones((), device=device)
+        """The mean square of a frame's targets, summed over K."""
+        self.end = torch.zeros((), dtype=torch.long, device=device)
+        """How many frames are filled."""
+        self.counts, self.firsts = (torch.ones(_SLOTS, dtype=torch.long, device=device) for _ in range(2))
+        self.described = ""
+        self.fill(known)
+
+    def fill(self, recordings: Iterable[Recording]) -> None:
+        """Puts ``recordings`` in the place of all there are, as many as there is room for, those with targets first."""
+        chosen, n_left = list[Recording](), len(self.values)
+        for recording in sorted(recordings, key=lambda r: r.targets is None):
+            n = len(recording.samples) // recipe.SAMPLES_PER_FRAME
+            if n <= n_left:
+                chosen.append(recording)
+                n_left -= n
+        if not chosen:
+            raise ValueError("a pool without recordings")
+        chosen.sort(key=lambda r: (r.targets is None, r.voice))
+        starts = np.cumsum([0, *(len(r.samples) // recipe.SAMPLES_PER_FRAME for r in chosen)])
+        values, known = torch.zeros(starts[-1], self.values.shape[1], dtype=torch.float16), torch.zeros(starts[-1])
+        for recording, start, end in zip(chosen, starts, starts[1:], strict=False):
             if recording.targets is not None:
                 values[start:end] = recording.targets
                 known[start:end] = 1.0
-        self.samples = torch.from_numpy(np.concatenate([r.samples for r in ordered])).to(device)
-        self.values, self.known = values.to(device), known.to(device)
-        total = (values.float().square().sum(1) * known).sum() / known.sum().clamp(min=1.0)
-        self.power = (total if known.any() else torch.ones(())).to(device)
-        """The mean square of a frame's targets, summed over K."""
-        self.starts = torch.from_numpy(starts[:-1]).to(device)
-        self.counts = torch.tensor(counts, device=device)
-        self.firsts = self.counts.cumsum(0) - self.counts
-
-    def describe(self) -> str:
-        """How much there is, in words."""
-        minutes = len(self.samples) / data.RATE_HZ / 60
-        return f"{len(self.starts)} clips, {minutes:.1f} min, {len(self.counts)} voices"
+        groups = [
+            (told, len(list(group))) for (told, _), group in groupby(chosen, lambda r: (r.targets is None, r.voice))
+        ]
+        counts = np.array([n for _, n in groups])
+        firsts = np.cumsum(counts) - counts
+        kinds = [[i for i, (told, _) in enumerate(groups) if told == kind] for kind in (False, True)]
+        kinds = [kind for kind in kinds if kind]
+        slots = np.concatenate([np.resize(kind, _SLOTS // len(kinds)) for kind in kinds])
+        samples = torch.from_numpy(np.concatenate([r.samples for r in chosen]))
+        self.samples[: len(samples)].copy_(samples)
+        for kept, new in ((self.values, values), (self.known, known), (self.starts, torch.from_numpy(starts[:-1]))):
+            kept[: len(new)].copy_(new)
+        self.end.fill_(int(starts[-1]))
+        self.counts.copy_(torch.from_numpy(counts[slots]))
+        self.firsts.copy_(torch.from_numpy(firsts[slots]))
+        if known.any():
+            self.power.copy_((values.float().square().sum(1) * known).sum() / known.sum())
+        minutes = len(samples) / data.RATE_HZ / 60
+        self.described = f"{len(chosen)} clips, {minutes:.1f} min, {len(counts)} voices"
 
     def draw(self, batch: int, n_frames: int, changed: float) -> Crops:
         """Crops of ``n_frames``, a share ``changed`` of them slower or faster (and so lower or higher).
@@ -117,12 +135,12 @@ class Pool:
         def some(share: float, these: Tensor, those: float) -> Tensor:
             return torch.where(uniform(0.0, 1.0) < share, these, torch.full_like(these, those))
 
-        voice = torch.randint(len(self.counts), (batch,), device=device)
-        clip = (torch.rand(batch, device=device) * self.counts[voice]).long()
-        clip = self.firsts[voice] + torch.minimum(clip, self.counts[voice] - 1)
+        slot = torch.randint(_SLOTS, (batch,), device=device)
+        clip = (torch.rand(batch, device=device) * self.counts[slot]).long()
+        clip = self.firsts[slot] + torch.minimum(clip, self.counts[slot] - 1)
         later = torch.randint(25, (batch,), device=device) * torch.randint(2, (batch,), device=device)
-        last = len(self.values) - math.ceil(n_frames * _FASTEST) - 2
-        start = (self.starts[clip] + later).clamp(max=max(0, last))[:, None]
+        last = (self.end - math.ceil(n_frames * _FASTEST) - 2).clamp(min=0)
+        start = torch.minimum(self.starts[clip] + later, last)[:, None]
 
         speed = some(changed, uniform(math.log(_SLOWEST), math.log(_FASTEST)).exp(), 1.0)
         cutoff = some(changed / 4, uniform(0.62, 0.68), 1.0).minimum(1.0 / speed).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Training of the codec's split residual quantizer: straight-through codes, running-mean codebooks, k-means start.
+"""Training of the codec's split residual quantizer: aimed projections, straight-through codes, running-mean codebooks.
 
 The codebooks are the encoder's own (`embed_sum` and `cluster_usage` are exactly the running statistics kept here);
 `export` copies them to the decoder. Shapes: B batch, T frames, Q codebooks, M vectors, K codes, d codebook width.
@@ -28,14 +28,14 @@ class Quantized:
     """[B, codebook_dim, T], for the decoder; gradients pass straight through the acoustic codebooks only."""
     semantic: Tensor
     """[2, B, T, d]: what codebook 0 had to code, with its gradient, and the vectors that it chose, without."""
+    acoustic: Tensor
+    """[2, B, T, d]: the same of the acoustic codebooks; the vectors are of those that were kept."""
     commitment: Tensor
     """The mean square of what each acoustic codebook missed."""
     codes: Tensor
     """[Q, M], M = B * T."""
     residuals: Tensor
     """[Q, M, d]: what each codebook had to code."""
-    narrowness: Tensor
-    """How far the acoustic projection is from using its whole width (see `narrowness`)."""
 
 
 def branches(codec: Codec) -> list[tuple[ResidualQuantizer, nn.Module]]:
@@ -59,11 +59,10 @@ def unquantized(codec: Codec, latents: Tensor) -> Tensor:
     return out
 
 
-def semantic(codec: Codec, latents: Tensor) -> Tensor:
-    """What codebook 0 has to code of ``latents`` [B, hidden, T]: [B, T, d] in float32."""
+def to_code(codec: Codec, latents: Tensor) -> list[Tensor]:
+    """What codebook 0, and what the others, have to code of ``latents`` [B, hidden, T]: [B, T, d] each, float32."""
     with torch.autocast(latents.device.type, enabled=False):
-        projected: Tensor = branches(codec)[0][0].input_proj(latents.float())
-    return projected.transpose(1, 2)
+        return [quantizer.input_proj(latents.float()).transpose(1, 2) for quantizer, _ in branches(codec)]
 
 
 def quantize(codec: Codec, latents: Tensor, kept: Tensor | None = None) -> Quantized:
@@ -75,16 +74,13 @@ def quantize(codec: Codec, latents: Tensor, kept: Tensor | None = None) -> Quant
     the decoder learns to read it as it is: else it would soon code whatever lowers the error most.
     """
     made, codes, residuals = list[Tensor](), list[Tensor](), list[Tensor]()
-    commitment, narrow = (latents.new_zeros((), dtype=torch.float32) for _ in range(2))
-    phonetic = semantic(codec, latents)
+    commitment = latents.new_zeros((), dtype=torch.float32)
+    heard = list[Tensor]()
     with torch.autocast(latents.device.type, enabled=False):
-        for quantizer, project in branches(codec):
+        for (quantizer, project), projected in zip(branches(codec), to_code(codec, latents), strict=True):
             first = not codes
-            projected = phonetic if first else quantizer.input_proj(latents.float()).transpose(1, 2)
             residual = projected.flatten(0, 1)
             total = torch.zeros_like(residual)
-            if not first:
-                narrow = narrow + narrowness(residual, spread=True)
             for number, book in enumerate(quantizer.codebooks):
                 with torch.no_grad():
                     found = _nearest(residual, book.embedding)
@@ -99,55 +95,50 @@ def quantize(codec: Codec, latents: Tensor, kept: Tensor | None = None) -> Quant
                 else:
                     total = total + vectors * (number < kept).repeat_interleave(projected.shape[1])[:, None]
             total = total.view_as(projected)
-            if first:
-                heard = torch.stack((phonetic, total))
-            else:
+            heard.append(torch.stack((projected, total)))
+            if not first:
                 total = projected + (total - projected).detach()
             made.append(project(total.transpose(1, 2)))
     commitment = commitment / (len(codes) - 1)
-    return Quantized(made[0] + made[1], heard, commitment, torch.stack(codes), torch.stack(residuals), narrow)
-
-
-def narrowness(x: Tensor, *, spread: bool) -> Tensor:
-    """A penalty on vectors ``x`` [M, d] of mean square above 1 and, with ``spread``, on dead or parallel dimensions.
-
-    Without it three to five dimensions of 64 carried everything: sixteen codebooks coded them ever more finely, and
-    nothing else got through. After Bardes et al. 2022 (VICReg).
-    """
-    moments = x.T @ x / len(x)
-    power = moments.diagonal()
-    penalty = (power.mean() - 1.0).clamp(min=0.0)
-    if spread:
-        scale = (power + 1e-4).rsqrt()
-        parallel = (moments * scale[:, None] * scale).square().sum() / len(power) - 1.0
-        penalty = penalty + 2.0 * (0.4 - (power + 1e-4).sqrt()).clamp(min=0.0).mean() + 0.2 * parallel
-    return penalty
+    return Quantized(made[0] + made[1], heard[0], heard[1], commitment, torch.stack(codes), torch.stack(residuals))
 
 
 @torch.no_grad()
-def widen(codec: Codec, latents: Tensor, *, fold: bool = False) -> None:
-    """Turns the acoustic projections to the principal axes of ``latents`` [M, hidden], nearly evened out.
+def aim(codec: Codec, latents: Tensor, targets: tuple[Tensor, Tensor], known: Tensor) -> tuple[float, float]:
+    """Turns both projections to what each has to tell of ``latents`` [M, hidden], by least squares.
 
-    The path through both projections stays what it was, but for what lies outside these axes; faint axes, which a
-    codebook would drop, come out a third as strong as the strongest. ``fold`` gives the acoustic path what passed the
-    semantic one as well, and leaves nothing to that: it can then be learnt anew.
+    ``targets`` [M, d]: for codebook 0, counted where ``known`` [M] is 1, and for the others. The decoder goes on
+    reading what it read, as far as the new projections tell it. Returns the shares of the targets' power they explain.
     """
-    (semantic, read), (quantizer, project) = branches(codec)
-    assert isinstance(quantizer.input_proj, nn.Conv1d) and isinstance(project, nn.Conv1d)
-    assert isinstance(semantic.input_proj, nn.Conv1d) and isinstance(read, nn.Conv1d)
-    inward, outward = quantizer.input_proj.weight[:, :, 0], project.weight[:, :, 0]
-    passed = outward @ inward
-    if fold:
-        passed = passed + read.weight[:, :, 0] @ semantic.input_proj.weight[:, :, 0]
-        read.weight.zero_()
-        semantic.input_proj.reset_parameters()
-    power, axes = torch.linalg.eigh(latents.double().T @ latents.double() / len(latents))
-    power, axes = power.flip(0)[: len(inward)].float(), axes.flip(1)[:, : len(inward)].float()
-    power = power.clamp(min=1e-4 * float(power[0]))
-    strength = (power / power[0]) ** 0.15
-    gain = strength / strength.square().mean().sqrt() / power.sqrt()
-    outward.copy_((passed @ axes) / gain)
-    inward.copy_(gain[:, None] * axes.T)
+    (semantic, read), (acoustic, project) = branches(codec)
+    inward = [_weight(semantic.input_proj), _weight(acoustic.input_proj)]
+    outward = [_weight(read), _weight(project)]
+    x = latents.double()
+    passed = x @ sum(o.double() @ i.double() for o, i in zip(outward, inward, strict=True)).T  # type: ignore[union-attr]
+    every, explained, told = torch.ones_like(known, dtype=torch.float64), list[float](), list[Tensor]()
+    for weight, target, counted in zip(inward, targets, (known.double(), every), strict=True):
+        found = _regressed(x, target.double(), counted)
+        told.append(x @ found)
+        missed = ((told[-1] - target).square().sum(1) * counted).sum()
+        explained.append(1.0 - float(missed / (target.double().square().sum(1) * counted).sum().clamp(min=1e-9)))
+        weight.copy_(found.T)
+    for weight, part in zip(outward, _regressed(torch.cat(told, 1), passed, every).chunk(2), strict=True):
+        weight.copy_(part.T)
+    return explained[0], explained[1]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module, nn.Conv1d)
+    return module.weight.data[:, :, 0]
+
+
+def _regressed(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """The matrix [a, b] that makes ``x`` [M, a] most like ``y`` [M, b], each row counted with its weight."""
+    moments = x.T @ (x * weight[:, None])
+    ridge = 1e-4 * moments.diagonal().mean() + 1e-9
+    ridged = moments + ridge * torch.eye(len(moments), device=x.device)
+    found: Tensor = torch.linalg.solve(ridged, x.T @ (y * weight[:, None]))
+    return found
 
 
 def _nearest(x: Tensor, embedding: Tensor) -> Tensor:
@@ -186,17 +177,11 @@ def revive(codec: Codec, residuals: Tensor) -> int:
 def start(codec: Codec, latents: Tensor, usage: float) -> None:
     """Codebooks by k-means on ``latents`` [M, hidden] of the warmed-up encoder.
 
-    The acoustic projections are scaled to unit variance; the semantic one has its scale from its targets. ``usage`` is
-    the expected count of a code in a batch: the weight of these first means against later ones.
+    ``usage`` is the expected count of a code in a batch: the weight of these first means against later ones.
     """
-    for quantizer, project in branches(codec):
-        assert isinstance(quantizer.input_proj, nn.Conv1d) and isinstance(project, nn.Conv1d)
+    for quantizer, _ in branches(codec):
+        assert isinstance(quantizer.input_proj, nn.Conv1d)
         vectors = latents @ quantizer.input_proj.weight[:, :, 0].T
-        if len(quantizer.codebooks) > 1:
-            scale = vectors.std()
-            quantizer.input_proj.weight /= scale
-            project.weight *= scale
-            vectors = vectors / scale
         for book in quantizer.codebooks:
             means = kmeans(vectors, book.embed_sum.shape[0])
             book.cluster_usage.fill_(usage)

@@ -104,11 +104,11 @@ class CodecRecipe:
     n_frames: int = 30
     changed: float = 0.5
     """The share of crops that are slower or faster, and so higher or lower, than the recording."""
-    fewer: float = 0.0
-    """The share of crops of which the decoder gets the first acoustic codebooks only; the voice that ships had none."""
+    fewer: float = 0.5
+    """The share of crops of which the decoder gets the first acoustic codebooks only."""
     lr: float = 6e-4
     discriminator_lr: float = 4e-4
-    warmup_s: float = 25.0
+    warmup_s: float = 45.0
     adversarial_ramp_s: float = 20.0
     total_s: float = 490.0
     mel_weight: float = 15.0
@@ -117,13 +117,19 @@ class CodecRecipe:
     commitment_weight: float = 4.0
     phonetic_weight: float = 15.0
     """The weight of what codebook 0 misses of its targets, as a share of their power."""
+    picture_weight: float = 15.0
+    """The weight of what the acoustic latent misses of the frame's picture, in the same way."""
+    sketch_weight: float = 5.0
+    """The weight of what the middle of the decoder misses of that picture."""
+    heard_weight: float = 10.0
+    """The weight of what is said in a recording and not heard in its copy, as a share of its power."""
     ema_decay: float = 0.9995
     seed: int = 1729
 
 
 def polishing(total_s: float) -> CodecRecipe:
     """How the decoder is trained alone: in small steps, on recordings that are seldom changed."""
-    return CodecRecipe(batch=10, changed=0.2, lr=4e-4, total_s=total_s)
+    return CodecRecipe(batch=10, changed=0.3, fewer=0.25, lr=4e-4, total_s=total_s)
 
 
 FIRST_CONTROL = N_CODES
@@ -221,13 +227,13 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
 class TalkerRecipe:
     """How talker, code predictor and speaker encoder are trained together; seconds are of wall clock."""
 
-    n_positions: int = 288
+    n_positions: int = 352
     """The longest example, prompt and frames together."""
     budget: int = 40_000
     """Positions in a step, padding included."""
     n_rows: int = 384
     """The most examples in a step."""
-    n_frames: int = 1536
+    n_frames: int = 4096
     """How many frames the code predictor sees in a step."""
     lr: float = 2e-3
     warmup_s: float = 12.0
@@ -248,12 +254,14 @@ class TalkerRecipe:
     """Clips of one speaker are joined to longer ones, this share as many as there are clips."""
     n_joined: int = 150
     """The most frames of joined clips."""
-    n_reference: int = 50
+    n_reference: int = 100
     """The most frames of a clip cloned in context."""
     deaf: float = 0.2
     """The share of utterances that hear random codes alone and must be read from the text."""
     coarse: float = 0.3
     """The share of utterances that hear codebook 0 alone, the others random."""
+    least_harsh: float = 0.25
+    """What is left of the two shares above at the end; they fall in the second half."""
     replaced: float = 0.4
     """The largest share of heard codes that are replaced by any others, in the rest."""
     stop_weight: float = 2.0

@@ -115,15 +115,15 @@ def read(folder: Path) -> Encoded:
     return Encoded(codes, joined["text"], joined["speaker"], joined["n_frames"], names)
 
 
-def write_references(folder: Path, samples: np.ndarray, names: list[str]) -> list[Path]:
+def write_references(folder: Path, samples: np.ndarray, names: list[str], *, small: bool = True) -> list[Path]:
     """Writes ``samples`` int16 [S, N], a recording of 14 s a speaker in the order of ``names``, to references-N.ogg.
 
-    Where this machine cannot write Opus: references-N.safetensors, mu-law.
+    Where they need not be ``small``, or this machine cannot write Opus: references-N.safetensors, mu-law.
     """
     if samples.shape != (len(names), N_REFERENCE):
         raise ValueError(f"references of shape {samples.shape} for {len(names)} speakers of {N_REFERENCE} samples")
     folder.mkdir(parents=True, exist_ok=True)
-    opus = "OPUS" in soundfile.available_subtypes("OGG") and _keeps_length()
+    opus = small and "OPUS" in soundfile.available_subtypes("OGG") and _keeps_length()
     size = _SPEAKERS_A_FILE if opus else 15 * 2**20 // N_REFERENCE
 
     def write_one(number: int) -> Path:

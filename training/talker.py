@@ -245,10 +245,11 @@ class Trainer:
         ]
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.95), fused=fused)
-        weight = torch.linspace(1.5, 0.5, n_books - 1, device=device)
+        # The first of them are heard most.
+        weight = torch.arange(1.0, n_books, device=device).rsqrt()
         self.book_weight = weight / weight.sum()
         self.report = torch.zeros(len(_REPORTED), device=device)
-        self.noise, self.guidance, self.learning = 0.0, 0.0, True
+        self.noise, self.guidance, self.harshness, self.learning = 0.0, 0.0, 1.0, True
         self.n_steps = self.n_failed = self.n_failed_in_a_row = 0
         self.autocast: AbstractContextManager[Any] = nullcontext()
         self.seen: dict[str, Tensor] | None = None
@@ -287,7 +288,8 @@ class Trainer:
         rate = rate.expand(n, 1, recipe.N_CODEBOOKS)
         kind = torch.rand(n, 1, 1, device=self.device)
         later = torch.arange(recipe.N_CODEBOOKS, device=self.device) > 0
-        lost = (kind < s.deaf) | ((kind < s.deaf + s.coarse) & later)
+        deaf, coarse = s.deaf * self.harshness, s.coarse * self.harshness
+        lost = (kind < deaf) | ((kind < deaf + coarse) & later)
         return torch.where(lost, 1.0, rate)
 
     def embeds(self, plan: Plan, rate: Tensor, vectors: Tensor) -> Tensor:
@@ -438,7 +440,7 @@ class Trainer:
         return value
 
     def pace(self, elapsed_s: float) -> None:
-        """Sets learning rate, weight noise and guidance for a moment of the run."""
+        """Sets learning rate, weight noise, guidance and harshness for a moment of the run."""
         s = self.settings
         share = min(1.0, elapsed_s / s.total_s)
         rate = min(1.0, (elapsed_s + 0.5) / s.warmup_s) * (0.02 + 0.49 * (1.0 + math.cos(math.pi * share)))
@@ -446,6 +448,8 @@ class Trainer:
             group["lr"] = s.lr * rate
         self.noise = s.weight_noise * min(1.0, 2.0 * share)
         self.guidance = s.guidance * max(0.0, 1.0 - 2.0 * share)
+        # Once the text is read, what was heard may be trusted more: the codes of a frame hang on those before it.
+        self.harshness = max(s.least_harsh, min(1.0, 2.0 - 2.0 * share))
 
     def averaged(self) -> dict[str, Tensor]:
         """The model's state with the running mean of its parameters."""
