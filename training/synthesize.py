@@ -1,6 +1,6 @@
-"""Speech for the training sentences: two engines, hundreds of speakers.
+"""Speech for the training sentences: two engines, a thousand speakers.
 
-    python -m training.synthesize jobs kokoro --data .data --voices VOICE_FOLDER --clips 12000
+    python -m training.synthesize jobs kokoro --data .data --voices VOICE_FOLDER --clips 16000
     python -m training.synthesize jobs piper --data .data --voices VOICE.onnx.json --clips 20000 --first 10000
     python -m training.synthesize speak --jobs .data/carry/jobs-kokoro.xz --out SET --workers 24 --seconds 480
 
@@ -9,9 +9,10 @@ Piper voice: it turns sentences into token ids and gives each a speaker. `speak`
 and runs wherever there are cores. Engines: Kokoro-82M (Apache-2.0) and Piper's en_US-joe-medium (CC0 data), both packed
 by `packing.py` beside the jobs file as kokoro-a.bin, kokoro-b.bin and piper.bin, with Kokoro's voices as styles.npz.
 
-Kokoro's speakers are its own English voices and mixtures of two or three; half of the mixtures are resampled, which
-moves pitch and formants together. Piper's one voice becomes many by resampling alone. The engine speaks so much slower
-or faster that the tempo stays natural.
+Kokoro's speakers are its own English voices and mixtures of two or three. Half of the mixtures leave the convex hull of
+the voices, led away from one of them by a negative share: they are as clear as the others and differ more. Half are
+resampled, which moves pitch and formants together. Piper's one voice becomes many by resampling alone. The engine
+speaks so much slower or faster that the tempo stays natural.
 
 A set is a folder of `part-NNN.jsonl` and `part-NNN.s16`, one pair a worker: 24 kHz mono int16, and for each clip a line
 {"text", "speaker", "offset": first sample, "n_frames": whole frames of 1920 samples}. Samples are written before their
@@ -45,7 +46,13 @@ UNHEARD = ("af_river", "am_puck", "bf_lily", "bm_lewis")
 """Voices kept for the test of unseen speakers: they speak nothing here, nor are they mixed in."""
 WHISPERED = "af_nicole"
 """Speaks for itself, but a mixture with a whisper is hoarse."""
-MIXTURES = 300
+MIXTURES = 1000
+HEAVIEST = 0.72
+"""The largest part that one voice has in a mixture: with more it sounds like that voice."""
+AWAY = (0.15, 0.45)
+"""How far a speaker outside the hull is led away from a voice: the size of the negative share."""
+PITCHES = (0.82, 1.2)
+"""Least and greatest pitch of a resampled mixture, drawn evenly on a logarithmic scale."""
 PIPER_SPEAKERS = 32
 TOKENS = (14, 96)
 """Fewest and most phoneme tokens of a sentence: about 1 to 6 seconds."""
@@ -57,20 +64,41 @@ Job = dict[str, Any]
 # Speakers and jobs
 
 
+def mix(voices: list[str], dice: random.Random) -> dict[str, float]:
+    """Positive shares of two or three voices."""
+    chosen = dice.sample(voices, dice.choice((2, 2, 3)))
+    while True:
+        drawn = [dice.gammavariate(2.0, 1.0) for _ in chosen]
+        shares = [share / sum(drawn) for share in drawn]
+        if max(shares) <= HEAVIEST:
+            return dict(zip(chosen, shares, strict=True))
+
+
+def lead_away(voices: list[str], dice: random.Random) -> dict[str, float]:
+    """Shares outside the hull: a voice, or a mixture of two, led away from another, whose share is negative."""
+    away = dice.uniform(*AWAY)
+    first, second, shunned = dice.sample(voices, 3)
+    if dice.random() < 1 / 3:
+        return {first: 1 + away, shunned: -away}
+    part = dice.uniform(1 - HEAVIEST, HEAVIEST)
+    return {first: (1 + away) * part, second: (1 + away) * (1 - part), shunned: -away}
+
+
 def kokoro_speakers(voices: list[str]) -> dict[str, dict[str, Any]]:
-    """Speaker name -> {"weights": {voice: share}, "pitch": resample factor}: each voice alone, then the mixtures."""
+    """Speaker name -> {"weights": {voice: share}, "pitch": resample factor}: each voice alone, then the mixtures.
+
+    Every other mixture has a negative share; every other pair of mixtures is resampled.
+    """
     dice = random.Random(SEED)
-    speakers = [{"weights": {voice: 1.0}, "pitch": 1.0} for voice in voices]
+    speakers: list[dict[str, Any]] = [{"weights": {voice: 1.0}, "pitch": 1.0} for voice in voices]
     mixable = [voice for voice in voices if voice != WHISPERED]
-    while len(speakers) < len(voices) + MIXTURES:
-        chosen = dice.sample(mixable, dice.choice((2, 2, 3)))
-        shares = [dice.gammavariate(2.0, 1.0) for _ in chosen]
-        weights = {voice: round(share / sum(shares), 3) for voice, share in zip(chosen, shares, strict=True)}
-        if max(weights.values()) > 0.72:
-            continue
-        pitch = round(dice.uniform(0.88, 1.14), 3) if len(speakers) % 2 else 1.0
-        speakers.append({"weights": weights, "pitch": pitch})
-    return {f"k{i:03d}": speaker for i, speaker in enumerate(speakers)}
+    low, high = (math.log(pitch) for pitch in PITCHES)
+    for i in range(MIXTURES):
+        shares = lead_away(mixable, dice) if i % 2 else mix(mixable, dice)
+        pitch = math.exp(dice.uniform(low, high)) if i // 2 % 2 else 1.0
+        weights = {voice: round(share, 3) for voice, share in shares.items()}
+        speakers.append({"weights": weights, "pitch": round(pitch, 3)})
+    return {f"k{i:04d}": speaker for i, speaker in enumerate(speakers)}
 
 
 def piper_speakers() -> dict[str, dict[str, Any]]:
@@ -80,7 +108,7 @@ def piper_speakers() -> dict[str, dict[str, Any]]:
 
 
 def is_british(speaker: dict[str, Any]) -> bool:
-    """Whether more than half of a Kokoro speaker is British."""
+    """Whether more than half of a Kokoro speaker is British; a negative share takes away."""
     weights: dict[str, float] = speaker["weights"]
     return sum(share for voice, share in weights.items() if voice.startswith("b")) > 0.5
 
