@@ -16,6 +16,8 @@ from quaver.model.codec import VectorLayer
 from quaver.model.codec_encoder import Codec, ResidualQuantizer, SearchedCodebook
 
 _DECAY = 0.99
+_ANSWERED = 0.3
+"""The share of the decoder's error that reaches the encoder: it has targets of its own to keep to."""
 _DEAD = 0.1
 """A code used less often than this in a step, on the running mean, is moved onto a vector of the batch."""
 
@@ -97,7 +99,9 @@ def quantize(codec: Codec, latents: Tensor, kept: Tensor | None = None) -> Quant
             total = total.view_as(projected)
             heard.append(torch.stack((projected, total)))
             if not first:
-                total = projected + (total - projected).detach()
+                through = total + _ANSWERED * (projected - projected.detach())
+                # What is left out cannot answer the error: passed on, it drove the latents apart without end.
+                total = through if kept is None else torch.where((kept > number)[:, None, None], through, total)
             made.append(project(total.transpose(1, 2)))
     commitment = commitment / (len(codes) - 1)
     return Quantized(made[0] + made[1], heard[0], heard[1], commitment, torch.stack(codes), torch.stack(residuals))

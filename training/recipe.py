@@ -117,7 +117,7 @@ class CodecRecipe:
     commitment_weight: float = 4.0
     phonetic_weight: float = 15.0
     """The weight of what codebook 0 misses of its targets, as a share of their power."""
-    picture_weight: float = 15.0
+    picture_weight: float = 20.0
     """The weight of what the acoustic latent misses of the frame's picture, in the same way."""
     sketch_weight: float = 5.0
     """The weight of what the middle of the decoder misses of that picture."""
