@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import oracle
 import voice as bench
 from quaver import audio, judge
 from quaver.audio import Audio
 from quaver.errors import GateFailed, RecipeError
-from quaver.model.tts import TTS
+from quaver.model.tts import TTS, Utterance
+from quaver.sampling import Sampling
 from voice_figures import Decoded, Limits, Reference, Sentence, Spoken, card, figures, gates, paired, report
 
 ROOT = Path(__file__).parent.parent
@@ -168,3 +171,20 @@ def test_a_missing_judge_and_twins_are_refused(toy_folder: Path, tmp_path: Path,
     assert "whisper-base is missing" in capsys.readouterr().err and not (tmp_path / "o").exists()
     with pytest.raises(RecipeError, match="two models are named base"):
         bench.run(bench.parse([str(toy_folder), "--int4", str(toy_folder)]))
+
+
+def test_true_codes_stay_true_and_the_others_are_the_predictors(toy_tts: TTS) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(60, (6, 16))
+    voice = toy_tts.voice(str(SOUND))
+    with torch.inference_mode():
+        (found,) = toy_tts.force([toy_tts.prompt(Utterance("A word or two.", "english", voice))], [codes])
+        greedy = Sampling(0.0, 0, 1.0, 1.0)
+        assert torch.equal(oracle.with_own(toy_tts, found, codes, 16, greedy), codes)
+        mixed = oracle.with_own(toy_tts, found, codes, 4, greedy)
+        assert torch.equal(mixed[:, :4], codes[:, :4])
+        # Known codes give the predictor's own logits back: the likeliest code each time.
+        assert torch.equal(mixed[:, 4], found.residual[:, 3].argmax(-1))
+        whole = oracle.without_last(toy_tts, codes, 16).samples
+        np.testing.assert_allclose(whole, bench.decode(toy_tts, codes).samples, atol=1e-5)
+        assert np.abs(oracle.without_last(toy_tts, codes, 1).samples - whole).max() > 1e-4

@@ -123,6 +123,25 @@ def test_aimed_projections_tell_their_targets_and_the_decoder_reads_on() -> None
     assert (after - before).norm() / before.norm() < 1e-2
 
 
+def test_brightened_dimensions_are_all_seen_by_the_decoder() -> None:
+    codec = _codec()
+    latents = torch.randn(4000, 32)
+    (_, _), (acoustic, project) = quantizer.branches(codec)
+    assert isinstance(acoustic.input_proj, torch.nn.Conv1d)
+    assert isinstance(project, torch.nn.Conv1d)
+    with torch.no_grad():
+        # The decoder reads the first half alone, and the second half is faint.
+        acoustic.input_proj.weight[8:] *= 1e-2
+        project.weight[:, 8:] = 0.0
+    before = project.weight.detach().clone()
+    quantizer.brighten(codec, latents)
+    told = latents @ acoustic.input_proj.weight[:, :, 0].T
+    added = ((project.weight - before)[:, :, 0] * told.std(0)).detach()
+    loud = added.square().sum(0)
+    assert float(loud.max() / loud.min()) < 1.2
+    assert float(loud.min()) > 0.0
+
+
 def test_codebooks_by_k_means_code_better_than_chance_and_export_fits_the_decoder() -> None:
     codec = _codec()
     latents = torch.randn(600, 32)

@@ -8,7 +8,8 @@ as many codes as now, training goes on; with another number, encoder and decoder
 as what is said, and coding begins after a warm-up. OUT gets codec-half, codec-late and codec-end parts.
 
 `--polish` trains the decoder alone, on codes that keep their meaning: also of synthesized sets, and on one GPU. It
-writes codec-polished parts every two minutes.
+writes codec-polished parts every two minutes. With `--anew` the encoder is kept too, but gets new projections and
+codebooks first, which takes seconds; from then on its codes are fixed.
 
 A whole train step is two CUDA graphs with one all-reduce of gradients between them. On a CPU the same step runs
 uncaptured, for tests (`--toy`).
@@ -101,7 +102,7 @@ class Trainer:
         initialise(self.codec)
         self.coded = start is not None and _take(self.codec, start)
         if polishing and not self.coded:
-            raise ValueError(f"only a trained codec of {recipe.N_CODES} codes can be polished")
+            raise ValueError(f"only the decoder of a trained codec of {recipe.N_CODES} codes can be trained alone")
         self.codec.to(device)
         self.discriminators = Discriminators().to(device)
         self.distance = MelDistance().to(device)
@@ -116,7 +117,8 @@ class Trainer:
         ]
         self.theirs = list(self.discriminators.parameters())
         self.ema = copy.deepcopy(self.codec.decoder)
-        self.patches = Patches(self.codec.encoder.config.vector_quantization_hidden_dimension).to(device)
+        width = self.codec.encoder.config.vector_quantization_hidden_dimension
+        self.patches = Patches(width - phonetic.WIDTH).to(device)
         decoder = self.codec.decoder.config
         # What the decoder makes of the latents before it makes sound of it, read as pictures; not part of the codec.
         self.sketch = nn.Linear(decoder.latent_dim, WIDTH // math.prod(decoder.upsampling_ratios)).to(device)
@@ -168,6 +170,16 @@ class Trainer:
         ):
             return self.codec.encoder.latents(samples).float()
 
+    def to_tell(self, crops: Crops, pictures: Tensor, said: Tensor) -> Tensor:
+        """What the acoustic latent is to tell [B, T, d]: what is said, once more and in its true colours, and how.
+
+        ``said`` [B, T, d] is what codebook 0 has to code: where there are no targets it stands for them.
+        """
+        wanted = F.pad(crops.targets, (0, phonetic.WIDTH - crops.targets.shape[-1]))
+        wanted = torch.where(crops.known[..., None] > 0, wanted, said.detach()[..., : phonetic.WIDTH])
+        seen = self.patches.components(pictures)
+        return torch.cat((wanted * (self.settings.said_share * seen.shape[-1] / self.pool.power).sqrt(), seen), dim=-1)
+
     def reheard(self, real: Tensor, made: Tensor) -> Tensor:
         """The share of what is said in half of ``real`` [B, N] that is not heard in ``made``."""
         if self.listener is None:
@@ -205,8 +217,8 @@ class Trainer:
                 sketched = self.sketched(pictures)
                 commitment = own = adversarial = matching = zero
             heard = self.reheard(real, made)
-        pictured = self.patches.components(pictures)
         if self.coded:
+            pictured = self.to_tell(crops, pictures, found.semantic[0])
             missed, missed_coded = (unexplained(z, crops, self.pool.power) for z in found.semantic)
             blurred, blurred_coded = ((z - pictured).square().mean() for z in found.acoustic)
             if not self.polishing:
@@ -214,8 +226,9 @@ class Trainer:
                 self.counts.copy_(counts)
                 self.sums.copy_(sums)
         else:
-            phonetic, acoustic = quantizer.to_code(self.codec, latents)
-            missed, blurred = unexplained(phonetic, crops, self.pool.power), (acoustic - pictured).square().mean()
+            said, acoustic = quantizer.to_code(self.codec, latents)
+            pictured = self.to_tell(crops, pictures, said)
+            missed, blurred = unexplained(said, crops, self.pool.power), (acoustic - pictured).square().mean()
             missed_coded = blurred_coded = zero + 1.0
         mel, wave = self.distance(real, made), (real - made).abs().mean()
         loss = s.mel_weight * mel + wave + s.sketch_weight * sketched + s.heard_weight * heard
@@ -302,25 +315,28 @@ class Trainer:
         for buffer in self.patches.buffers():
             if self.world > 1:
                 dist.broadcast(buffer, 0)
-        latents, phonetic, pictured, known = [], [], [], []
-        width = self.patches.axes.shape[1]
+        latents, said, pictured, known = [], [], [], []
         with torch.no_grad():
             for _ in range(n_batches):
                 crops = self.draw()
-                latents.append(self.encode(crops.samples).transpose(1, 2).flatten(0, 1))
-                phonetic.append(F.pad(crops.targets, (0, width - crops.targets.shape[-1])).flatten(0, 1))
-                pictured.append(self.patches.components(self.patches.pictures(crops.samples)).flatten(0, 1))
+                found = self.encode(crops.samples)
+                latents.append(found.transpose(1, 2).flatten(0, 1))
+                own = quantizer.to_code(self.codec, found)[0]
+                said.append(F.pad(crops.targets, (0, own.shape[-1] - crops.targets.shape[-1])).flatten(0, 1))
+                pictured.append(self.to_tell(crops, self.patches.pictures(crops.samples), own).flatten(0, 1))
                 known.append(crops.known.flatten())
-        targets = torch.cat(phonetic), torch.cat(pictured)
-        shares = quantizer.aim(self.codec, torch.cat(latents), targets, torch.cat(known))
+        shares = quantizer.aim(self.codec, torch.cat(latents), (torch.cat(said), torch.cat(pictured)), torch.cat(known))
+        quantizer.brighten(self.codec, torch.cat(latents))
         self.share()
         self.coded = False
-        return f"pictures: {explained:.3f} to be told, {shares[1]:.3f} of it so far; what is said: {shares[0]:.3f}"
+        return (
+            f"{explained:.3f} of the pictures to be told, {shares[1]:.3f} of that so far; what is said: {shares[0]:.3f}"
+        )
 
     def begin_coding(self) -> None:
         """Ends the warm-up: codebooks by k-means on latents of many batches, the same on every process."""
         usage = self.settings.batch * self.settings.n_frames / recipe.N_CODES
-        quantizer.start(self.codec, self.collect(100), usage)
+        quantizer.start(self.codec, self.collect(200), usage)
         self.share()
         self.coded = True
         for optimizer in self.optimizers:
@@ -445,7 +461,7 @@ def measure(trainer: Trainer, folder: Path, n_clips: int | None = None) -> str:
         made = trainer.ema.from_latents(codec_latents(trainer, found))
         crops = Crops(real, wanted, torch.ones(wanted.shape[:2], device=trainer.device))
         missed, coded = (float(unexplained(z, crops, wanted.square().sum(-1).mean())) for z in found.semantic)
-        pictured = trainer.patches.components(trainer.patches.pictures(real))
+        pictured = trainer.to_tell(crops, trainer.patches.pictures(real), found.semantic[0])
         power = pictured.square().mean()
         blurred = [float((z - pictured).square().mean() / power) for z in found.acoustic]
         row = (float(end - start), missed, coded, float(trainer.distance(real, made)), *blurred)
@@ -457,7 +473,7 @@ def measure(trainer: Trainer, folder: Path, n_clips: int | None = None) -> str:
         lines.append(
             f"  {name}: r2 {1 - np.average(missed, weights=weight):.3f}, "
             f"coded {1 - np.average(coded, weights=weight):.3f}, mel {np.average(mel, weights=weight):.3f}, "
-            + "pictures {:.3f}, coded {:.3f}".format(*(1 - np.average(x, weights=weight) for x in blurred))
+            + "all to be told {:.3f}, coded {:.3f}".format(*(1 - np.average(x, weights=weight) for x in blurred))
         )
     bits = float(quantizer.perplexity_bits(torch.cat(used, 1), recipe.N_CODES))
     return "\n".join([f"held: {len(clips)} clips, codebook 0 uses {bits:.2f} bits", *lines])
@@ -551,7 +567,6 @@ def main() -> None:
         trainer.patches.load_state_dict(parts.read(args.codec, "patches"))
     else:
         log(trainer.begin_anew())
-
     growing = Growing(pool, recordings, args.growing, [share * settings.total_s for share in (0.16, 0.3, 0.45, 0.6)])
     train(trainer, log, save, growing)
     save("polished" if args.polish else "end")

@@ -1,8 +1,7 @@
 """How a frame sounds, as the codec's acoustic latent is to tell it: the log-mel picture of its 80 ms.
 
 Trained on the decoder's error alone, sixteen codebooks carried what three can, a dozen dimensions of that picture
-(docs/VOICE.md). So the acoustic latent is drawn to the picture's principal components, each as large as it varies: the
-first codebook then codes the coarse shape, and every further one finer detail.
+(docs/VOICE.md). So the acoustic latent is given the picture's principal components to tell, each as large as it varies.
 
 Shapes: B batch, N samples, T frames, K components.
 """

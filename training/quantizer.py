@@ -131,6 +131,19 @@ def aim(codec: Codec, latents: Tensor, targets: tuple[Tensor, Tensor], known: Te
     return explained[0], explained[1]
 
 
+@torch.no_grad()
+def brighten(codec: Codec, latents: Tensor, strength: float = 0.5) -> None:
+    """Lets the decoder see every dimension of what the acoustic codebooks code as strongly as any other, by adding it
+    evened out in random directions to what is read: faint ones take a decoder too long to find.
+    """
+    _, (acoustic, project) = branches(codec)
+    outward = _weight(project)
+    told = latents @ _weight(acoustic.input_proj).T
+    axes = torch.linalg.qr(torch.randn(len(outward), outward.shape[1], device=outward.device))[0]
+    loud = (told @ outward.T).square().mean().sqrt() * outward.shape[0] ** 0.5 / outward.shape[1] ** 0.5
+    outward += strength * loud * axes / told.square().mean(0).sqrt().clamp(min=1e-6)
+
+
 def _weight(module: nn.Module) -> Tensor:
     assert isinstance(module, nn.Conv1d)
     return module.weight.data[:, :, 0]

@@ -118,7 +118,9 @@ class CodecRecipe:
     phonetic_weight: float = 15.0
     """The weight of what codebook 0 misses of its targets, as a share of their power."""
     picture_weight: float = 20.0
-    """The weight of what the acoustic latent misses of the frame's picture, in the same way."""
+    """The weight of what the acoustic latent misses of all that it is to tell, in the same way."""
+    said_share: float = 1.0
+    """How much of that is what is said, by power, for one part of how it sounds."""
     sketch_weight: float = 5.0
     """The weight of what the middle of the decoder misses of that picture."""
     heard_weight: float = 10.0

@@ -246,7 +246,7 @@ class Trainer:
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.95), fused=fused)
         # The first of them are heard most.
-        weight = torch.arange(1.0, n_books, device=device).rsqrt()
+        weight = 0.8 ** torch.arange(n_books - 1, device=device)
         self.book_weight = weight / weight.sum()
         self.report = torch.zeros(len(_REPORTED), device=device)
         self.noise, self.guidance, self.harshness, self.learning = 0.0, 0.0, 1.0, True
