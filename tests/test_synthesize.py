@@ -3,9 +3,10 @@
 import random
 from itertools import islice
 
+import numpy as np
 import pytest
 
-from training import synthesize
+from training import shards, synthesize
 
 VOICES = [f"{group}_{name}" for group in ("af", "am", "bf", "bm") for name in ("ada", "ben", "cleo", "dan")]
 
@@ -74,3 +75,37 @@ def test_jobs_go_round_the_speakers_and_come_back_from_the_file(tmp_path):
     assert {job["speaker"] for job in jobs[: len(speakers)]} == set(speakers)
     synthesize.write_jobs(tmp_path / "jobs.xz", "kokoro", speakers, jobs)
     assert synthesize.read_jobs(tmp_path / "jobs.xz") == ("kokoro", speakers, jobs)
+
+
+def _tone(job):
+    return 0.3 * np.sin(2 * np.pi * 300 / synthesize.RATE_HZ * np.arange(8000 if job["text"] % 2 else 20000))
+
+
+def test_speaking_goes_on_after_a_kill_with_the_same_clips(tmp_path, monkeypatch):
+    jobs = [{"text": i, "speaker": "p00", "tokens": [1], "tempo": 1.0, "noise": 0.6} for i in range(8)]
+    synthesize.write_jobs(tmp_path / "jobs.xz", "piper", {"p00": {"pitch": 1.0}}, jobs)
+    monkeypatch.setattr(synthesize, "open_piper", lambda model, speakers: _tone)
+
+    def speak(out, n_workers):
+        known = frozenset(t for index in sorted(out.glob("part-*.jsonl")) for t in synthesize.spoken_texts(index))
+        for i in range(n_workers):
+            asked = synthesize.Work(i, n_workers, tmp_path / "jobs.xz", tmp_path, out, float("inf"), known)
+            synthesize.work(asked, [0] * (2 * n_workers))
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for out in (whole, broken):
+        out.mkdir()
+        speak(out, 2)
+    # The second part lost half a line and half a clip, and its last clip with them.
+    index, audio = broken / "part-001.jsonl", broken / "part-001.s16"
+    index.write_text(index.read_text()[:-20])
+    audio.write_bytes(audio.read_bytes()[:-5000])
+    (broken / "part-000.jsonl").write_text("")
+    speak(broken, 3)
+
+    def clips(out):
+        return {c.text: c.read().tobytes() for c in shards.spoken(out)}
+
+    assert clips(broken) == clips(whole)
+    assert len(clips(whole)) == 8
+    assert sum(len(list(shards.spoken(out))) for out in (broken,)) == 8

@@ -1,7 +1,7 @@
 """Train the codec: samples to 16 codes a frame and back, on one GPU or several of one host.
 
     torchrun --nproc-per-node=2 -m training.codec --data FOLDER --codec PARTS --out OUT --seconds 490
-    python -m training.codec --polish --data FOLDER --references ENCODED --codec PARTS --out OUT --seconds 392
+    python -m training.codec --polish --data FOLDER --set SET --codec PARTS --out OUT --seconds 392
 
 FOLDER is what `training.phonetic distil` wrote. PARTS are codec-end parts (see `training.parts`) to start from: with
 as many codes as now, training goes on; with another number, encoder and decoder are kept, codebook 0 is learnt anew

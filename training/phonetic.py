@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,7 +51,10 @@ def held_clips(corpus: Path, n_each: int) -> list[data.Clip]:
 
 
 def hear(folder: Path, held: Path, whisper: Path, out: Path) -> None:
-    """Writes ``out``/features.npy, float16 [F, 512] at 12.5 Hz, and index.jsonl: file, first frame, frames, held."""
+    """Writes ``out``/features.npy, float16 [F, 512] at 12.5 Hz, and index.jsonl: file, first frame, frames, held.
+
+    Clips that an earlier run of the same list heard are not heard again.
+    """
     import soxr  # type: ignore[import-not-found, unused-ignore]
     from faster_whisper import WhisperModel  # type: ignore[import-not-found, unused-ignore]
 
@@ -61,15 +64,22 @@ def hear(folder: Path, held: Path, whisper: Path, out: Path) -> None:
     lengths = [n_frames(data.read_clips(root, [c])[0]) for root, c in clips]
     starts = np.cumsum([0, *lengths])
     out.mkdir(parents=True, exist_ok=True)
-    features = np.lib.format.open_memmap(out / "features.npy", "w+", np.float16, (int(starts[-1]), _WIDTH))
-    with (out / "index.jsonl").open("w", encoding="utf-8") as index:
-        for (root, clip), start, length in zip(clips, starts, lengths, strict=False):
-            row = {"file": clip.file, "start": int(start), "n_frames": length, "held": root == held}
-            index.write(json.dumps({**row, "voice": clip.voice, "text": clip.text}) + "\n")
+    rows = [
+        {"file": c.file, "start": int(s), "n_frames": n, "held": root == held, "voice": c.voice, "text": c.text}
+        for (root, c), s, n in zip(clips, starts, lengths, strict=False)
+    ]
+    listed = "".join(json.dumps(row) + "\n" for row in rows)
+    index = out / "index.jsonl"
+    goes_on = index.exists() and index.read_text("utf-8") == listed
+    mode: Literal["r+", "w+"] = "r+" if goes_on else "w+"
+    features = np.lib.format.open_memmap(out / "features.npy", mode, np.float16, (int(starts[-1]), _WIDTH))
+    index.write_text(listed, "utf-8")
     model: Any = WhisperModel(str(whisper), device="cpu", compute_type="float32", cpu_threads=1, num_workers=1)
     begun, window, laid = time.monotonic(), np.zeros(_WINDOW * _STEP, np.float32), list[tuple[int, int, int]]()
     place = _GAP
     for i, (root, clip) in enumerate(clips):
+        if np.any(features[starts[i + 1] - 1]):
+            continue
         samples = data.read_clips(root, [clip])[0]
         samples = samples * (0.06 / max(1e-4, float(np.sqrt(np.mean(samples**2)))))
         heard = soxr.resample(samples, data.RATE_HZ, 16_000)
@@ -81,7 +91,8 @@ def hear(folder: Path, held: Path, whisper: Path, out: Path) -> None:
         window[place * _STEP :][: len(heard)] = heard[: _WINDOW * _STEP - place * _STEP]
         laid.append((place, int(starts[i]), lengths[i]))
         place += 4 * lengths[i] + _GAP
-    _encode(model, window, laid, features)
+    if laid:
+        _encode(model, window, laid, features)
     features.flush()
     print(f"done: {len(clips)} clips in {time.monotonic() - begun:.0f} s", flush=True)
 

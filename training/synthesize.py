@@ -16,7 +16,7 @@ speaks so much slower or faster that the tempo stays natural.
 
 A set is a folder of `part-NNN.jsonl` and `part-NNN.s16`, one pair a worker: 24 kHz mono int16, and for each clip a line
 {"text", "speaker", "offset": first sample, "n_frames": whole frames of 1920 samples}. Samples are written before their
-line, so a killed worker leaves at worst samples that no line names.
+line, so a killed worker leaves at worst samples that no line names; `speak` into the same set says what is missing.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -290,16 +291,56 @@ def finish(samples: np.ndarray, dice: random.Random) -> np.ndarray:
 # Workers
 
 
-def work(number: int, n_workers: int, jobs_file: Path, model: Path, out: Path, deadline: float, done: Any) -> None:
-    """Speak every ``n_workers``-th job until ``deadline`` (wall clock) into part ``number`` of the set ``out``."""
+def spoken_texts(index: Path) -> list[int]:
+    """The texts of the whole clips of one part; what a killed worker left of another is cut off its two files."""
+    audio = index.with_suffix(".s16")
+    size, end, texts = audio.stat().st_size, 0, list[int]()
+    whole = list[str]()
+    for line in index.read_text("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            after = 2 * (row["offset"] + FRAME * row["n_frames"])
+        except (ValueError, KeyError, TypeError):
+            break
+        if after > size:
+            break
+        whole.append(line + "\n")
+        texts.append(row["text"])
+        end = after
+    os.truncate(audio, end)
+    beside = index.with_name(index.name + ".part")
+    beside.write_text("".join(whole), "utf-8")
+    beside.replace(index)
+    return texts
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one of ``n_workers`` has to do: every n-th job of those whose text is not ``known``, until ``deadline``."""
+
+    number: int
+    n_workers: int
+    jobs_file: Path
+    model: Path
+    out: Path
+    deadline: float
+    """Wall clock, seconds."""
+    known: frozenset[int]
+
+
+def work(asked: Work, done: Any) -> None:
+    """Speaks what is asked to the end of the worker's part, and counts clips and frames in ``done``."""
     os.nice(5)
-    engine, speakers, jobs = read_jobs(jobs_file)
-    styles = jobs_file.parent / "styles.npz"
+    number = asked.number
+    engine, speakers, jobs = read_jobs(asked.jobs_file)
+    jobs = [job for job in jobs if job["text"] not in asked.known]
+    styles, model = asked.jobs_file.parent / "styles.npz", asked.model
     speak = open_kokoro(model, styles, speakers) if engine == "kokoro" else open_piper(model, speakers)
-    offset = failures = 0
-    with (out / f"part-{number:03d}.s16").open("wb") as audio, (out / f"part-{number:03d}.jsonl").open("w") as lines:
-        for job in jobs[number::n_workers]:
-            if time.time() >= deadline:
+    failures, part = 0, asked.out / f"part-{number:03d}"
+    with part.with_suffix(".s16").open("ab") as audio, part.with_suffix(".jsonl").open("a") as lines:
+        offset = audio.tell() // 2
+        for job in jobs[number :: asked.n_workers]:
+            if time.time() >= asked.deadline:
                 break
             try:
                 clip = finish(speak(job), random.Random(f"{SEED} {engine} {job['text']}"))
@@ -338,10 +379,11 @@ def speak_all(jobs_file: Path, out: Path, n_workers: int, seconds: float, model:
         spawn = multiprocessing.get_context("spawn")
         done = spawn.Array("q", 2 * n_workers, lock=False)
         deadline = started + seconds
-        workers = [
-            spawn.Process(target=work, args=(i, n_workers, jobs_file, model, out, deadline, done), daemon=True)
-            for i in range(n_workers)
-        ]
+        known = frozenset(text for index in sorted(out.glob("part-*.jsonl")) for text in spoken_texts(index))
+        if known:
+            print(f"{engine}: {len(known)} clips are there already", flush=True)
+        asked = [Work(i, n_workers, jobs_file, model, out, deadline, known) for i in range(n_workers)]
+        workers = [spawn.Process(target=work, args=(one, done), daemon=True) for one in asked]
         for worker in workers:
             worker.start()
         while any(worker.is_alive() for worker in workers) and time.time() < deadline + 20:
