@@ -125,8 +125,8 @@ class Checkpoint:
             config=config,
             codec_config=read_codec_config(codec_path / "config.json"),
             settings=settings,
-            specs=_read_specs(path),
-            codec_specs=_read_specs(codec_path),
+            specs=read_specs(path),
+            codec_specs=read_specs(codec_path),
             provenance=Provenance.read(path / PROVENANCE),
         )
 
@@ -140,9 +140,7 @@ class Checkpoint:
         """The stored tensor ``name``, before any edit. Raises CheckpointError when there is none."""
         if name not in self.specs:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        with _open(self.specs[name].file) as weights:
-            tensor: Tensor = weights.get_tensor(name)
-        return tensor
+        return read_tensor(self.specs[name], name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor's name and value after the edits, in the order of the files, one in memory at a time."""
@@ -274,8 +272,11 @@ def _files(specs: Mapping[str, Spec]) -> list[Path]:
     return sorted({spec.file for spec in specs.values()})
 
 
-def _read_specs(folder: Path) -> dict[str, Spec]:
-    """Every tensor of a folder's safetensors files, held against the index where there is one."""
+def read_specs(folder: Path) -> dict[str, Spec]:
+    """Where every tensor of a folder's safetensors files lies, held against the index where there is one.
+
+    Raises CheckpointError for a folder without weights, and for files that are damaged or do not fit their index.
+    """
     index: dict[str, str] | None = None
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX).get("weight_map")
@@ -305,6 +306,13 @@ def _read_specs(folder: Path) -> dict[str, Spec]:
         where = "in the index but in no file" if name in index else "in a file but not in the index"
         raise CheckpointError(f"{folder / INDEX}: tensor {name} is {where}")
     return specs
+
+
+def read_tensor(spec: Spec, name: str) -> Tensor:
+    """The tensor ``name`` where ``spec`` says it lies. Raises CheckpointError for a file that cannot be read."""
+    with _open(spec.file) as weights:
+        tensor: Tensor = weights.get_tensor(name)
+    return tensor
 
 
 def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:

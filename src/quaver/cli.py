@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import click
 import numpy as np
 import torch
 
-from quaver import audio, awq, ledger, validate
+from quaver import audio, awq, blend, ledger, validate
 from quaver.audio import Audio
 from quaver.checkpoint import Checkpoint, check_new
 from quaver.config import FRAME_RATE_HZ
@@ -249,6 +249,34 @@ def quantize(
         click.echo(json.dumps(report.to_json()))
     else:
         click.echo(f"{out}: {report.summary()}", err=True)
+
+
+@cli.command(name="blend")
+@click.argument("source")
+@click.option(
+    "--donor", required=True, metavar="LLM", help="A language model of the talker's widths: folder or hub id."
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new folder to write.")
+@click.option("--alpha", type=float, default=0.03, show_default=True, help="The donor's share.")
+@click.option("--layers", metavar="N-M=ALPHA,...", help="Other shares for some layers, such as 0-3=0,27=0.05.")
+@click.option("--tensors", default="*", show_default=True, metavar="PATTERN", help="Only tensors named like this.")
+@click.option("--method", type=click.Choice(["lerp", "slerp"]), default="lerp", show_default=True)
+@click.option("--force", is_flag=True, help="Blend 10 % and more all the same.")
+@click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not in the model's folder.")
+@_json_option
+def blend_command(
+    source: str, donor: str, out: Path, alpha: float, layers: str | None, tensors: str,
+    method: Literal["lerp", "slerp"], codec: str | None, *, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Blend a language model's feed-forward weights into the talker of SOURCE."""
+    check_new(out)
+    recipe = blend.Recipe(alpha, blend.layer_shares(layers or ""), tensors, method, force)
+    checkpoint = Checkpoint.open(source, codec=codec)
+    report = blend.blend(checkpoint, blend.Donor.open(donor), out, recipe, progress=Progress())
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        click.echo(f"{out}: {report.summary}", err=True)
 
 
 @cli.command(name="validate")
