@@ -2,9 +2,9 @@
 
 A linear's input channels are scaled up before rounding and the scale is taken back in the module before it: a norm's
 weight, or the rows of another linear (AWQ, Lin et al. 2023). The function stays the same; the rounding error moves away
-from the channels that carry much. Then each output row may clip its groups. Every choice has "leave it" among its
-candidates and is judged by the error of the linear's output on calibration inputs, so none is worse than rounding to
-nearest.
+from the channels that carry much. Then each output row may clip its groups, and rounding itself goes input by input,
+each making up for the errors before it (GPTQ). Every choice has "leave it" among its candidates and is judged by the
+error of the linear's output on calibration inputs, so none is worse than rounding to nearest.
 
 That error is ``trace(E C E^T)`` for a weight error E and the inputs' second moment C: the moment [in, in] stands for
 all calibration positions at once, and no input need be kept. Shapes: O outputs, I inputs, G groups of 128 inputs.
@@ -24,8 +24,8 @@ from quaver.model.layers import GROUPS, DecoderLayer, Group
 
 _EXPONENTS = tuple(index / 20 for index in range(20))
 _CLIPS = tuple(1 - 0.025 * index for index in range(20))
-# Scores are products of queries and keys, so their errors multiply: clipping those is left out, as in AutoAWQ.
-_UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
+_DAMPING = 0.05
+"""Of the mean power of an input, added to each before the moment is inverted."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -66,6 +66,36 @@ def nearest(weight: Tensor, shrink: Tensor | None = None) -> Int4Weight:
     zeros = (-low / scales).round().clamp(0, LEVELS - 1)
     values = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, LEVELS - 1)
     return Int4Weight(values.flatten(1).to(torch.uint8), zeros.to(torch.uint8), scales)
+
+
+def compensated(weight: Tensor, second: Tensor, grid: Int4Weight) -> Int4Weight:
+    """``weight`` [O, I] on the levels of ``grid``, each input's rounding error made up for by the inputs after it.
+
+    GPTQ (Frantar et al. 2023) on ranges that are settled: inputs of most power first, whatever their group. Rows that
+    come out no better than ``grid`` stay as they are there, and all do where the moment is singular beyond help.
+    """
+    order = second.diagonal().argsort(descending=True)
+    moment = second[order][:, order].double()
+    moment.diagonal().add_(_DAMPING * moment.diagonal().mean().clamp(min=_TINY))
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    if int(failed):
+        return grid
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(weight.dtype)
+    left, values = weight[:, order], torch.empty_like(grid.values)
+    scales, zeros = (x.float().repeat_interleave(GROUP, 1)[:, order] for x in (grid.scales, grid.zeros))
+    for start in range(0, weight.shape[1], GROUP):
+        end = start + GROUP
+        errors = torch.empty_like(left[:, start:end])
+        for i in range(start, end):
+            level = ((left[:, i] / scales[:, i]).round() + zeros[:, i]).clamp(0, LEVELS - 1)
+            values[:, i] = level.to(values.dtype)
+            error = (left[:, i] - (level - zeros[:, i]) * scales[:, i]) / inverse[i, i]
+            left[:, i:end] -= torch.outer(error, inverse[i, i:end])
+            errors[:, i - start] = error
+        left[:, end:] -= errors @ inverse[start:end, end:]
+    found = Int4Weight(values[:, order.argsort()].contiguous(), grid.zeros, grid.scales)
+    better = row_errors(found.dequantize() - weight, second) < row_errors(grid.dequantize() - weight, second)
+    return Int4Weight(torch.where(better[:, None], found.values, grid.values), grid.zeros, grid.scales)
 
 
 def row_errors(delta: Tensor, second: Tensor) -> Tensor:
@@ -195,9 +225,9 @@ class LayerSearch:
         n_clipped = n_groups = 0
         for linear in group.linears:
             original, weight = originals[linear], self._weight(linear)
-            clips = self.activation_aware and linear not in _UNCLIPPED
-            shrink = search_clip(weight, folded) if clips else None
-            self.weights[linear] = nearest(weight, shrink)
+            shrink = search_clip(weight, folded) if self.activation_aware else None
+            rounded = nearest(weight, shrink)
+            self.weights[linear] = compensated(weight, folded, rounded) if self.activation_aware else rounded
             errors = row_errors(self.weights[linear].dequantize() - weight, folded) * self._units(linear).square()
             energy = row_errors(original, second).sum().clamp(min=_TINY)
             before += float(row_errors(nearest(original).dequantize() - original, second).sum() / energy)
