@@ -149,7 +149,7 @@ PREDICTOR: dict[str, Any] = {
     "model_type": "qwen3_tts_talker_code_predictor",
     "num_attention_heads": 4,
     "num_code_groups": N_CODEBOOKS,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 5,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
@@ -185,7 +185,7 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
         "model_type": "qwen3_tts_talker",
         "num_attention_heads": 4,
         "num_code_groups": N_CODEBOOKS,
-        "num_hidden_layers": 7,
+        "num_hidden_layers": 5,
         "num_key_value_heads": 2,
         "position_id_per_seconds": 13,
         "rms_norm_eps": 1e-06,
@@ -237,6 +237,11 @@ class TalkerRecipe:
     """The most examples in a step."""
     n_frames: int = 4096
     """How many frames the code predictor sees in a step."""
+    settled: float = 0.5
+    """The share of the time after which talker and speaker encoder stay as they are: text is read long before the code
+    predictor fits (docs/VOICE.md)."""
+    n_frames_settled: int = 16_384
+    """How many frames the code predictor sees in a step from then on."""
     lr: float = 2e-3
     warmup_s: float = 12.0
     weight_decay: float = 0.05
@@ -269,7 +274,7 @@ class TalkerRecipe:
     stop_weight: float = 2.0
     guidance: float = 0.4
     """The weight, falling to none at half time, of two heads' duty to follow the text as the speech goes on."""
-    guided_layers: tuple[int, ...] = (2, 3)
+    guided_layers: tuple[int, ...] = (1, 2)
     guided_width: float = 0.12
     """How far from the even pace a guided head may look, as a share of the text."""
     eveness: float = 0.4

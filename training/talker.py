@@ -239,9 +239,15 @@ class Trainer:
         self.linears = [m.weight for layers in decoders for m in layers.modules() if isinstance(m, nn.Linear)]
         self.clean = [w.detach().clone() for w in self.linears]
         self.spread = [0.0] * len(self.linears)
-        groups = [
-            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
+        later = {id(p) for p in model.talker.code_predictor.parameters()}
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [p for p in self.parameters if (p.dim() > 1) == flat and (id(p) in later) == last],
+                "weight_decay": self.settings.weight_decay if flat else 0.0,
+                "last": last,
+            }
+            for flat in (True, False)
+            for last in (True, False)
         ]
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.95), fused=fused)
@@ -250,6 +256,8 @@ class Trainer:
         self.book_weight = weight / weight.sum()
         self.report = torch.zeros(len(_REPORTED), device=device)
         self.noise, self.guidance, self.harshness, self.learning = 0.0, 0.0, 1.0, True
+        self.settled = False
+        """Whether talker and speaker encoder have learnt enough, and the code predictor alone goes on."""
         self.n_steps = self.n_failed = self.n_failed_in_a_row = 0
         self.autocast: AbstractContextManager[Any] = nullcontext()
         self.seen: dict[str, Tensor] | None = None
@@ -351,7 +359,9 @@ class Trainer:
         frame = (torch.rand(len(row), device=self.device) * found["n"][row]).long()
         codes = found["codes"][row, frame]
         given = disturbed(codes, rate * torch.rand(len(row), 1, device=self.device).square())
-        embedded = F.embedding(given[:, :-1] + self.code_rows[:-1], stack.code_tables(talker))
+        tables = stack.code_tables(talker)
+        # The talker hears by the same tables: once it is settled they stay.
+        embedded = F.embedding(given[:, :-1] + self.code_rows[:-1], tables.detach() if self.settled else tables)
         guessed = stack.force(talker.code_predictor, found["state"][row, frame], embedded)
         guessed = self.keep("guessed", guessed.float())
         each = F.cross_entropy(guessed.transpose(1, 2), codes[:, 1:], reduction="none")
@@ -361,16 +371,18 @@ class Trainer:
         """The loss of ``batch``; leaves its parts in ``report``."""
         s = self.settings
         speaker = self.examples.speaker_on_device[batch.rows[0].to(self.device)]
+        n_frames = s.n_frames_settled if self.settled else s.n_frames
         with self.autocast:
-            vectors, unsure = self.vectors(speaker)
-            found = self.spoken(batch, self.rates(len(speaker)), vectors)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settled):
+                vectors, unsure = self.vectors(speaker)
+                found = self.spoken(batch, self.rates(len(speaker)), vectors)
             spoken, last = found["spoken"], found["last"]
             weight = spoken + s.stop_weight * last
             first = (found["each"] * weight).sum() / weight.sum()
             latents = self.acoustic(found["codes"].flatten(0, 1)).view(*spoken.shape, -1)
             miss = (self.readout(found["state"]).float() - latents).square().sum(-1)
             unlike = (miss * spoken).sum() / spoken.sum() / self.power
-            each = self.residual(found, -(-s.n_frames // len(speaker)), torch.tensor(0.1, device=self.device))
+            each = self.residual(found, -(-n_frames // len(speaker)), torch.tensor(0.1, device=self.device))
         stray = found.get("stray", first.detach() * 0.0)
         right = ((found["logits"].argmax(-1) == found["wanted"]) & spoken).sum() / spoken.sum()
         now = torch.stack([first, right, unlike, each[0], each[4], each.mean(), unsure, stray]).detach()
@@ -440,16 +452,18 @@ class Trainer:
         return value
 
     def pace(self, elapsed_s: float) -> None:
-        """Sets learning rate, weight noise, guidance and harshness for a moment of the run."""
+        """Sets learning rate, weight noise, guidance, harshness and who learns for a moment of the run."""
         s = self.settings
         share = min(1.0, elapsed_s / s.total_s)
-        rate = min(1.0, (elapsed_s + 0.5) / s.warmup_s) * (0.02 + 0.49 * (1.0 + math.cos(math.pi * share)))
+        warm = s.lr * min(1.0, (elapsed_s + 0.5) / s.warmup_s)
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * rate
+            gone = share if group["last"] else min(1.0, share / s.settled)
+            group["lr"] = warm * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone)))
         self.noise = s.weight_noise * min(1.0, 2.0 * share)
         self.guidance = s.guidance * max(0.0, 1.0 - 2.0 * share)
         # Once the text is read, what was heard may be trusted more: the codes of a frame hang on those before it.
         self.harshness = max(s.least_harsh, min(1.0, 2.0 - 2.0 * share))
+        self.settled = share >= s.settled
 
     def averaged(self) -> dict[str, Tensor]:
         """The model's state with the running mean of its parameters."""
@@ -704,7 +718,7 @@ def main() -> None:
     device = _device(args.device)
     settings = recipe.TalkerRecipe(total_s=args.seconds)
     if args.toy:
-        settings = dataclasses.replace(settings, budget=1200, n_frames=40)
+        settings = dataclasses.replace(settings, budget=1200, n_frames=40, n_frames_settled=80)
     chosen = {"budget": args.budget, "lr": args.lr, "dropout": args.dropout}
     settings = dataclasses.replace(settings, **{k: v for k, v in chosen.items() if v is not None})
     torch.manual_seed(settings.seed)
