@@ -1,0 +1,55 @@
+"""What the talker's training promises: once the talker is settled, the code predictor alone goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from quaver.model.codec_encoder import Codec
+from quaver.model.tts import TTS, Model
+from training import recipe, shards, talker
+
+
+def _trainer(toy_tts: TTS) -> talker.Trainer:
+    torch.manual_seed(0)
+    texts = {i: f"the {word} is on the table" for i, word in enumerate(("lamp", "book", "cup", "map"), start=1)}
+    n_frames = torch.tensor([12, 15, 10, 9], dtype=torch.int16)
+    codes = torch.randint(recipe.N_CODES, (int(n_frames.sum()), recipe.N_CODEBOOKS), dtype=torch.int16)
+    speakers = torch.tensor([0, 1, 0, 1], dtype=torch.int16)
+    encoded = shards.Encoded(codes, torch.arange(1, 5, dtype=torch.int32), speakers, n_frames, ["a", "b"])
+    references = np.random.default_rng(0).integers(-9000, 9000, (2, shards.N_REFERENCE)).astype(np.int16)
+    settings = dataclasses.replace(
+        recipe.TalkerRecipe(total_s=100.0), budget=400, n_rows=4, n_frames=8, n_frames_settled=16
+    )
+    examples = talker.Examples(encoded, references, texts, toy_tts.tokenizer, settings, torch.device("cpu"))
+    config = talker.config_of(toy_tts.tokenizer, toy=True)
+    model, codec = Model(config), Codec(recipe.codec_config())
+    trainer = talker.Trainer(model.train(), examples, codec, toy_tts.tokenizer, config)
+    talker.initialise(model, trainer.readout, codec)
+    return trainer
+
+
+def test_once_settled_the_code_predictor_alone_learns(toy_tts: TTS) -> None:
+    trainer = _trainer(toy_tts)
+    predictor = {n for n, _ in trainer.model.named_parameters() if "code_predictor" in n and "codec_embedding" not in n}
+    batches = trainer.examples.batches()
+
+    def changed(elapsed_s: float) -> set[str]:
+        trainer.pace(elapsed_s)
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.step(next(batches))
+        return {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+
+    assert not trainer.settled
+    early = changed(20.0)
+    assert predictor <= early
+    assert "talker.model.layers.0.mlp.up_proj.weight" in early
+    assert any(name.startswith("speaker_encoder") for name in early)
+    late = changed(60.0)
+    assert trainer.settled
+    # Neither the talker's own weights nor the tables by which it hears the codes.
+    assert late <= predictor
+    assert "talker.code_predictor.model.layers.0.mlp.up_proj.weight" in late
+    assert trainer.n_failed == 0
