@@ -4,8 +4,7 @@
 
 Of each clip of bench/voice the history is true, as in training; codebooks from ``--given`` on are the code predictor's.
 What is lost with 16 given the codec lost, what is lost with 1 given but not with 16 the predictor lost. With
---codec-only they are left out instead, and the distance of log-mel spectra is told as well:
-what each codebook is worth.
+--codec-only they are left out instead: what each codebook is worth.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from quaver import audio as audio_files
 from quaver import judge
@@ -51,10 +49,9 @@ def without_last(tts: TTS, codes: Tensor, given: int) -> Audio:
     return Audio(samples, tts.checkpoint.codec_config.output_sample_rate)
 
 
-def log_mel(samples: np.ndarray) -> Tensor:
-    """80 log-mel bands [frames, 80] every 10 ms, no quieter than -80 dB of full scale."""
-    power = judge.log_mels(samples)
-    return torch.from_numpy(power).float().clamp(min=-8.0)
+def log_mel(sound: Audio) -> np.ndarray:
+    """80 log-mel energies [frames, 80] every 10 ms, up to 8 kHz; what 16 bits cannot hold counts as silence."""
+    return judge.log_mels(audio_files.resample(sound, judge.RATE_HZ).samples).clip(min=0.0)
 
 
 def main() -> int:
@@ -76,7 +73,7 @@ def main() -> int:
     sampling = Sampling(asked.temperature, 50, 1.0, 1.0)
     for index, row in enumerate([*seen, *new]):
         clip = audio_files.resample(audio_files.read(KIT / row["file"]), rate_hz)
-        voice, real = judges.voices.embed(clip), log_mel(clip.samples)
+        voice, real = judges.voices.embed(clip), log_mel(clip)
         with torch.inference_mode():
             codes = tts.codec.encoder.encode(torch.from_numpy(clip.samples)[None])[0].T
             prompt = tts.prompt(Utterance(row["text"], "english", tts.voice(KIT / row["file"])))
@@ -86,8 +83,9 @@ def main() -> int:
                     made = without_last(tts, codes, given)
                 else:
                     made = decode(tts, with_own(tts, found, codes, given, sampling))
-                n = min(len(real), len(log_mel(made.samples)))
-                away = float(F.l1_loss(log_mel(made.samples)[:n], real[:n]))
+                drawn = log_mel(made)
+                n = min(len(real), len(drawn))
+                away = float(np.abs(drawn[:n] - real[:n]).mean())
                 missed = judge.cer(judges.whisper.hear(made), row["text"])
                 figures.append((missed, float(judges.voices.embed(made) @ voice), away))
         progress("clips", index + 1, len(seen) + len(new))

@@ -16,6 +16,7 @@ import toy
 from quaver import awq, awq_search
 from quaver.awq_search import (
     Feed,
+    Feedback,
     LayerSearch,
     Moment,
     absorbable,
@@ -220,7 +221,9 @@ def test_errors_are_made_up_for_as_plain_gptq_does():
     x = torch.randn(4000, 2 * GROUP) @ torch.randn(2 * GROUP, 2 * GROUP) / 16
     second = x.T @ x / len(x)
     grid = nearest(weight)
-    found = compensated(weight, second, grid)
+    feedback = Feedback.of(second)
+    assert feedback is not None
+    found = compensated(weight, second, grid, feedback)
     expected = plain_gptq(weight, second, grid, awq_search._DAMPING)
     # A tie between two levels may fall either way in float32, and what follows in its row with it.
     assert float((found.values == expected).float().mean()) > 0.97
@@ -233,11 +236,15 @@ def test_errors_are_made_up_for_as_plain_gptq_does():
 
 def test_independent_inputs_leave_nothing_to_make_up_for():
     torch.manual_seed(0)
-    weight, grid = torch.randn(8, GROUP), nearest(torch.randn(8, GROUP))
-    assert torch.equal(compensated(weight, torch.eye(GROUP), nearest(weight)).values, nearest(weight).values)
-    # A moment of nothing, or with a NaN in it, is of no use, and no harm.
-    assert torch.equal(compensated(weight, torch.full((GROUP, GROUP), float("nan")), grid).values, grid.values)
-    assert compensated(weight, torch.zeros(GROUP, GROUP), grid).values.max() <= 15
+    weight, same = torch.randn(8, GROUP), torch.eye(GROUP)
+    grid, feedback = nearest(weight), Feedback.of(same)
+    assert feedback is not None
+    assert torch.equal(compensated(weight, same, grid, feedback).values, grid.values)
+    # A moment with a NaN in it is of no use, and one of nothing does no harm.
+    assert Feedback.of(torch.full((GROUP, GROUP), float("nan"))) is None
+    silent = Feedback.of(torch.zeros(GROUP, GROUP))
+    assert silent is not None
+    assert torch.equal(compensated(weight, torch.zeros(GROUP, GROUP), grid, silent).values, grid.values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -68,19 +68,34 @@ def nearest(weight: Tensor, shrink: Tensor | None = None) -> Int4Weight:
     return Int4Weight(values.flatten(1).to(torch.uint8), zeros.to(torch.uint8), scales)
 
 
-def compensated(weight: Tensor, second: Tensor, grid: Int4Weight) -> Int4Weight:
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """How inputs make up for one another."""
+
+    order: Tensor
+    """[I]: most power first."""
+    inverse: Tensor
+    """[I, I]: the upper Cholesky factor of the inverse of their damped second moment, in that order."""
+
+    @classmethod
+    def of(cls, second: Tensor) -> Feedback | None:
+        """The feedback of inputs with the second moment ``second`` [I, I]; None where that is singular beyond help."""
+        order = second.diagonal().argsort(descending=True)
+        moment = second[order][:, order].double()
+        moment.diagonal().add_(_DAMPING * moment.diagonal().mean().clamp(min=_TINY))
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        if int(failed):
+            return None
+        return cls(order, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(second.dtype))
+
+
+def compensated(weight: Tensor, second: Tensor, grid: Int4Weight, feedback: Feedback) -> Int4Weight:
     """``weight`` [O, I] on the levels of ``grid``, each input's rounding error made up for by the inputs after it.
 
-    GPTQ (Frantar et al. 2023) on ranges that are settled: inputs of most power first, whatever their group. Rows that
-    come out no better than ``grid`` stay as they are there, and all do where the moment is singular beyond help.
+    GPTQ (Frantar et al. 2023) on ranges that are settled, whatever group an input is in. Rows that come out no better
+    than ``grid`` stay as they are there.
     """
-    order = second.diagonal().argsort(descending=True)
-    moment = second[order][:, order].double()
-    moment.diagonal().add_(_DAMPING * moment.diagonal().mean().clamp(min=_TINY))
-    factor, failed = torch.linalg.cholesky_ex(moment)
-    if int(failed):
-        return grid
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(weight.dtype)
+    order, inverse = feedback.order, feedback.inverse
     left, values = weight[:, order], torch.empty_like(grid.values)
     scales, zeros = (x.float().repeat_interleave(GROUP, 1)[:, order] for x in (grid.scales, grid.zeros))
     for start in range(0, weight.shape[1], GROUP):
@@ -221,13 +236,14 @@ class LayerSearch:
         second = self.moments[group.name].second
         inputs = Feed.of(self.layer, group).spread(scale) if scale is not None else second.new_ones(len(second))
         folded = second / torch.outer(inputs, inputs)
+        feedback = Feedback.of(folded) if self.activation_aware else None
         before = after = 0.0
         n_clipped = n_groups = 0
         for linear in group.linears:
             original, weight = originals[linear], self._weight(linear)
             shrink = search_clip(weight, folded) if self.activation_aware else None
             rounded = nearest(weight, shrink)
-            self.weights[linear] = compensated(weight, folded, rounded) if self.activation_aware else rounded
+            self.weights[linear] = compensated(weight, folded, rounded, feedback) if feedback else rounded
             errors = row_errors(self.weights[linear].dequantize() - weight, folded) * self._units(linear).square()
             energy = row_errors(original, second).sum().clamp(min=_TINY)
             before += float(row_errors(nearest(original).dequantize() - original, second).sum() / energy)

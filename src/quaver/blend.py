@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +110,9 @@ class Change:
     """Of the talker's tensor and the donor's, as vectors."""
 
 
+Told = Callable[[Change], None]
+
+
 @dataclass(frozen=True, slots=True)
 class BlendReport:
     """What blending did."""
@@ -134,8 +137,8 @@ class BlendReport:
         return {"n_tensors": len(self.changes), "share": self.share, "tensors": [asdict(c) for c in self.changes]}
 
 
-def blended(source: Checkpoint, donor: Donor, recipe: Recipe, changes: list[Change] | None = None) -> Checkpoint:
-    """``source`` with the donor's share in its talker, not written yet; ``changes`` gets a line a tensor as it is read.
+def blended(source: Checkpoint, donor: Donor, recipe: Recipe, told: Told | None = None) -> Checkpoint:
+    """``source`` with the donor's share in its talker, not written yet; ``told`` hears of each tensor as it is read.
 
     Raises CheckpointError when the models do not fit each other, RecipeError when the pattern names no tensor.
     """
@@ -143,7 +146,7 @@ def blended(source: Checkpoint, donor: Donor, recipe: Recipe, changes: list[Chan
     sums = {file.name: sha256(file) for file in sorted({donor.specs[theirs].file for theirs, _ in chosen.values()})}
     asked = {**asdict(recipe), "layers": {str(i): share for i, share in sorted(recipe.layers.items())}}
     step = Step("blend", {**asked, "donor": donor.path.name, "donor_sha256": sums, "n_tensors": len(chosen)})
-    return source.edit(step, _edit(source, donor, recipe, chosen, changes))
+    return source.edit(step, _edit(source, donor, recipe, chosen, told))
 
 
 def blend(
@@ -155,18 +158,14 @@ def blend(
     saving raise; whatever is interrupted leaves nothing behind.
     """
     out, changes = check_new(out), list[Change]()
-    edited = blended(source, donor, recipe or Recipe(), changes)
-    n_chosen = int(edited.edits[-1][0].recipe["n_tensors"])
-    step, fn = edited.edits[-1]
 
-    def told(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        before = len(changes)
-        found = fn(name, tensor)
-        if progress and len(changes) > before:
-            progress("blending", len(changes), n_chosen)
-        return found
+    def told(change: Change) -> None:
+        changes.append(change)
+        if progress:
+            progress("blending", len(changes), edited.edits[-1][0].recipe["n_tensors"])
 
-    source.edit(step, told).save(out)
+    edited = blended(source, donor, recipe or Recipe(), told)
+    edited.save(out)
     n_values = sum(spec.n_elements for spec in source.specs.values())
     return BlendReport(tuple(changes), sum(source.specs[c.name].n_elements for c in changes) / n_values)
 
@@ -217,7 +216,7 @@ def _edit(
     donor: Donor,
     recipe: Recipe,
     chosen: Mapping[str, tuple[str, int]],
-    changes: list[Change] | None,
+    told: Told | None,
 ) -> Edit:
     mix = _slerp if recipe.method == "slerp" else _lerp
 
@@ -232,10 +231,10 @@ def _edit(
         # At both ends bit for bit, negative zeros too.
         ends = {0.0: tensor, 1.0: other.to(tensor.dtype)}
         mixed = ends[alpha] if alpha in ends else mix(ours, other, alpha).to(tensor.dtype)
-        if changes is not None:
+        if told:
             size = float(ours.norm())
             moved = float((mixed.float() - ours).norm()) / max(size, 1e-30)
-            changes.append(Change(name, alpha, moved, _cosine(ours, other)))
+            told(Change(name, alpha, moved, _cosine(ours, other)))
         return {name: mixed}
 
     return edit
