@@ -1,0 +1,59 @@
+"""The verbs that tell what a model is and whether it is good: validate, info."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from quaver import ledger, validate
+from quaver.checkpoint import Checkpoint, check_new
+from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
+
+
+@cli.command(name="validate")
+@click.argument("candidate")
+@click.option("--against", required=True, metavar="SOURCE", help="The original model.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="A new folder for report.html, report.md and report.json."
+)
+@click.option("--samples", type=int, default=32, show_default=True, help="Held-out utterances.")
+@click.option("--seed", type=int, default=1729, show_default=True)
+@model_options
+@json_option
+def validate_command(
+    candidate: str, against: str, out: Path | None, samples: int, seed: int, codec: str | None, device: str, dtype: str,
+    *, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare CANDIDATE with its original on held-out speech; exit 1 when a gate fails."""
+    if out is not None:
+        check_new(out)
+    recipe = validate.Recipe(n_samples=samples, seed=seed)
+    report = validate.validate(
+        Checkpoint.open(candidate, codec=codec), Checkpoint.open(against, codec=codec), recipe,
+        device=device, dtype=DTYPES[dtype], progress=Progress(),
+    )  # fmt: skip
+    if out is not None:
+        report.save(out)
+    click.echo(report.to_json() if as_json else report.to_markdown())
+    report.require()
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not in the model's folder.")
+@click.option("--device", default="cpu", show_default=True, help="Where memory is counted: cpu or cuda.")
+@click.option("--verify", is_flag=True, help="Check every weight file against the sums in provenance.json first.")
+@json_option
+def info(source: str, codec: str | None, device: str, *, verify: bool, as_json: bool) -> None:
+    """Show each module of SOURCE: parameters, type, bytes on disk and in memory, what is quantized."""
+    checkpoint = Checkpoint.open(source, codec=codec)
+    if verify:
+        checkpoint.verify()
+    weighed = ledger.weigh(checkpoint, device=device)
+    if as_json:
+        click.echo(json.dumps(weighed.to_json()))
+        return
+    for line in ledger.table(weighed):
+        click.echo(line)
