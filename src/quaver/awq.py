@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quaver import corpus
-from quaver.awq_search import GroupReport, Moment, search_layer
+from quaver.awq_search import GroupReport, LayerSearch, Moment, search_layer
 from quaver.checkpoint import Checkpoint, Step, check_new
 from quaver.corpus import Item, Progress
 from quaver.errors import CheckpointError, RecipeError
@@ -29,6 +29,9 @@ from quaver.model.tts import TTS
 LAYERS = "talker.model.layers"
 KEPT = ("talker.code_predictor", "talker.codec_head", "talker.text_projection", "speaker_encoder")
 """Prefixes of the linears that stay as they are (``modules_to_not_convert``)."""
+
+Search = Callable[[DecoderLayer, Mapping[str, Moment], torch.dtype], LayerSearch]
+"""Finds the INT4 weights of a float32 layer from its inputs' moments and the type its norms are stored in."""
 
 _BATCH_POSITIONS = 4096
 
@@ -111,11 +114,13 @@ def quantize(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     calibration: str | Path | Sequence[Item] | None = None,
+    search: Search = search_layer,
     progress: Progress | None = None,
 ) -> AwqReport:
     """Writes ``source`` with its talker's linears in INT4 to the new folder ``out``, and reports.
 
     ``calibration`` is a JSON-lines file (see corpus.load) or items; by default the model speaks texts of its own.
+    ``search`` is what happens in one layer: a benchmark puts its rivals there.
     Layer by layer, each calibrated on what the quantized layers before it give. Everything else stays bit-equal but
     the norms that absorbed scales. Raises CheckpointError for a model that is quantized already or does not fit the
     format, before any work; whatever is interrupted leaves nothing behind.
@@ -135,7 +140,7 @@ def quantize(
         raise RecipeError(f"{calibration} holds no utterance: at least one is needed to calibrate")
     rows = talker_inputs(tts, items, recipe.n_positions)
     calibrated = time.perf_counter()
-    layers, tensors = _quantize_layers(tts, rows, progress)
+    layers, tensors = _quantize_layers(tts, rows, search, progress)
     searched = time.perf_counter()
     absorbed = tuple(name for name in tensors if name.endswith("norm.weight"))
     digest = corpus.fingerprint(items)
@@ -268,7 +273,7 @@ def _listening(layer: DecoderLayer, mask: Tensor, sums: dict[str, Moment]) -> It
 
 @torch.no_grad()
 def _quantize_layers(
-    tts: TTS, rows: Sequence[Tensor], progress: Progress | None
+    tts: TTS, rows: Sequence[Tensor], search: Search, progress: Progress | None
 ) -> tuple[tuple[LayerReport, ...], dict[str, Mapping[str, Tensor]]]:
     """Every layer's report, and what stands in place of each tensor that changes."""
     decoder, specs = tts.talker.model, tts.checkpoint.specs
@@ -280,18 +285,18 @@ def _quantize_layers(
         layer = copy.deepcopy(original).float()
         prefix = f"{LAYERS}.{index}"
         dtype = specs[f"{prefix}.input_layernorm.weight"].dtype
-        search = search_layer(layer, stream.observe(layer), dtype)
-        for linear, weight in search.weights.items():
+        found = search(layer, stream.observe(layer), dtype)
+        for linear, weight in found.weights.items():
             name = f"{prefix}.{linear}"
             tensors[f"{name}.weight"] = {f"{name}.{key}": value.cpu() for key, value in weight.tensors().items()}
-            search.layer.get_parameter(f"{linear}.weight").data.copy_(weight.dequantize())
-        for norm in sorted({group.before for group in GROUPS} - search.weights.keys()):
-            stored = search.layer.get_parameter(f"{norm}.weight").data.to(dtype)
+            found.layer.get_parameter(f"{linear}.weight").data.copy_(weight.dequantize())
+        for norm in sorted({group.before for group in GROUPS} - found.weights.keys()):
+            stored = found.layer.get_parameter(f"{norm}.weight").data.to(dtype)
             if not torch.equal(stored, original.get_parameter(f"{norm}.weight").to(dtype)):
                 name = f"{prefix}.{norm}.weight"
                 tensors[name] = {name: stored.cpu()}
-        stream.advance(search.layer)
-        reports.append(LayerReport(index, tuple(search.reports)))
+        stream.advance(found.layer)
+        reports.append(LayerReport(index, tuple(found.reports)))
         if progress:
             progress("quantizing layers", index + 1, len(decoder.layers))
     return tuple(reports), tensors
