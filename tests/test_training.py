@@ -14,7 +14,7 @@ from quaver.model.tts import TTS, Utterance
 from quaver.text import Tokenizer
 from quaver.voice import Voice
 from training import quantizer, recipe, stack
-from training.patches import COLUMNS, Patches
+from training.latents import COLUMNS, SHARES, WIDTHS, Features, Latents, by_column
 from training.plans import Planner, Speech, length
 from training.tokenizer import learn, spelled, write
 
@@ -103,90 +103,86 @@ def _codec() -> Codec:
     return Codec(parse(CodecConfig, toy.codec_settings(), "toy"))
 
 
-def test_aimed_projections_tell_their_targets_and_the_decoder_reads_on() -> None:
-    codec = _codec()
-    latents = torch.randn(4000, 32)
-    semantic, acoustic = (latents @ torch.linalg.qr(torch.randn(32, 32))[0]).chunk(2, dim=1)
-    semantic = semantic.clone()
-    known = (torch.arange(4000) % 2).float()
-    # Where nothing is known the targets are none.
-    semantic[known == 0] = 1e3
-    whole = latents.T[None]
-    before = quantizer.unquantized(codec, whole)
-    explained = quantizer.aim(codec, latents, (semantic, acoustic), known)
-    assert min(explained) > 0.999
-    told = quantizer.to_code(codec, whole)
-    torch.testing.assert_close(told[0][0][known > 0], semantic[known > 0], atol=0.05, rtol=0.01)
-    torch.testing.assert_close(told[1][0], acoustic, atol=0.05, rtol=0.01)
-    # Sixteen and sixteen dimensions tell all of thirty-two: then the function must be the same.
-    after = quantizer.unquantized(codec, whole)
-    assert (after - before).norm() / before.norm() < 1e-2
-
-
-def test_brightened_dimensions_are_all_seen_by_the_decoder() -> None:
-    codec = _codec()
-    latents = torch.randn(4000, 32)
-    (_, _), (acoustic, project) = quantizer.branches(codec)
-    assert isinstance(acoustic.input_proj, torch.nn.Conv1d)
-    assert isinstance(project, torch.nn.Conv1d)
+def test_aimed_projections_tell_their_targets() -> None:
+    encoder = _codec().encoder
+    samples = torch.randn(2, 200 * encoder.samples_per_frame)
     with torch.no_grad():
-        # The decoder reads the first half alone, and the second half is faint.
-        acoustic.input_proj.weight[8:] *= 1e-2
-        project.weight[:, 8:] = 0.0
-    before = project.weight.detach().clone()
-    quantizer.brighten(codec, latents)
-    told = latents @ acoustic.input_proj.weight[:, :, 0].T
-    added = ((project.weight - before)[:, :, 0] * told.std(0)).detach()
-    loud = added.square().sum(0)
-    assert float(loud.max() / loud.min()) < 1.2
-    assert float(loud.min()) > 0.0
+        latents = encoder.latents(samples).transpose(1, 2).flatten(0, 1)
+        wanted = latents @ torch.randn(32, 16), latents @ torch.randn(32, 16)
+        quantizer.aim(encoder, latents, wanted)
+        for told, target in zip(quantizer.to_code(encoder, samples), wanted, strict=True):
+            torch.testing.assert_close(told.flatten(0, 1), target, atol=2e-3 * float(target.std()), rtol=1e-2)
 
 
 def test_codebooks_by_k_means_code_better_than_chance_and_export_fits_the_decoder() -> None:
     codec = _codec()
     latents = torch.randn(600, 32)
-    quantizer.start(codec, latents, usage=2.0)
-    found = quantizer.quantize(codec, latents.T[None])
-    assert found.codes.shape == (16, 600)
-    assert found.residuals[-1].var() < 0.3 * found.residuals[1].var()
+    said, sound = (branch.input_proj(latents.T[None])[0].T.detach() for branch, _ in quantizer.branches(codec))
+    first = quantizer.fit(said, 1, toy.N_CODES)
+    rest = quantizer.fit(sound, 15, toy.N_CODES)
+    codes, total = quantizer.coded(sound, rest)
+    assert codes.shape == (15, 600)
+    assert (total - sound).var() < 0.3 * (quantizer.coded(sound, rest[:1])[1] - sound).var()
+    quantizer.install(codec.encoder, torch.cat((first, rest)))
     quantizer.export(codec)
-    decoded = codec.decoder.quantizer.decode(found.codes[None])
-    torch.testing.assert_close(decoded, found.latents, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(codec.encoder.quantizer.encode(latents.T[None], 16)[0], found.codes)
+    found = codec.encoder.quantizer.encode(latents.T[None], 16)
+    assert torch.equal(found[0, 1:], codes)
+    (_, read), (_, project) = quantizer.branches(codec)
+    expected = read(quantizer.coded(said, first)[1].T[None]) + project(total.T[None])
+    torch.testing.assert_close(codec.decoder.quantizer.decode(found), expected, rtol=1e-3, atol=1e-4)
+    # What is begun from known codebooks only gets better.
+    again = quantizer.fit(sound, 15, toy.N_CODES, rest)
+    assert (quantizer.coded(sound, again)[1] - sound).var() < 1.05 * (total - sound).var()
 
 
-def test_pictures_of_frames_follow_the_sound_and_have_components_of_unit_power() -> None:
-    torch.manual_seed(0)
-    patches = Patches(32)
-    frame = recipe.SAMPLES_PER_FRAME
+def test_pictures_follow_the_sound() -> None:
+    features, frame = Features(), recipe.SAMPLES_PER_FRAME
     time_ = torch.arange(8 * frame) / 24_000
     low, high = (torch.sin(2 * torch.pi * hz * time_)[None] for hz in (300.0, 3000.0))
-    pictures = patches.pictures(torch.cat((low, high))).view(2, 8, COLUMNS, -1)
+    pictures = features.pictures(torch.cat((low, high))).view(2, 8, COLUMNS, -1)
     bins = pictures[:, 2:6].argmax(-1).unique(dim=2)
     assert bins.shape == (2, 4, 1)
     assert bool((bins[0] < bins[1]).all())
     # A sound in the third frame alone is seen in no other frame but by what a window overlaps.
     click = torch.zeros(1, 8 * frame)
     click[0, 2 * frame + frame // 2] = 1.0
-    loud = patches.pictures(click)[0].amax(1)
+    loud = features.pictures(click).view(8, COLUMNS, -1).amax((1, 2))
     assert int(loud.argmax()) == 2
     assert float(loud[[0, 1, 3, 4]].max()) < float(loud[2]) - 3.0
+
+
+def test_pitch_and_phase_are_those_of_a_gliding_voice() -> None:
+    time_ = torch.arange(20.0 * recipe.SAMPLES_PER_FRAME) / 24_000
+    hz = 130.0 + 25.0 * torch.sin(2 * torch.pi * 1.5 * time_)
+    phase = 2 * torch.pi * hz.cumsum(0) / 24_000
+    voice = 0.05 * torch.stack([torch.cos(k * phase) / k for k in range(1, 20)]).sum(0)
+    pitch, turned = (x[0, 8:-8] for x in Features().voice(voice[None]))
+    at = torch.arange(8, 20 * COLUMNS - 8) * recipe.SAMPLES_PER_FRAME // COLUMNS
+    assert float(pitch[:, 0].min()) > 0.4
+    found = 160.0 * (0.35 * pitch[:, 1] / (pitch[:, 0] + 0.5)).exp()
+    assert float((found / hz[at] - 1.0).abs().max()) < 0.01
+    apart = torch.view_as_complex(turned.contiguous()) * torch.exp(-1j * phase[at])
+    assert float(apart.angle().abs().max()) < 0.15
+    # Noise has no pitch, and so no phase.
+    pitch, turned = Features().voice(0.05 * torch.randn(1, 40 * recipe.SAMPLES_PER_FRAME))
+    assert float(pitch[..., 0].mean()) < -0.4
+    assert float(turned.square().sum(-1).mean()) < 0.05
+
+
+def test_latents_have_the_principal_axes_of_what_is_told() -> None:
+    torch.manual_seed(0)
+    latents, frame = Latents(32), recipe.SAMPLES_PER_FRAME
     batches = [torch.randn(4, 6 * frame) * torch.rand(4, 6).repeat_interleave(frame, 1) for _ in range(12)]
-    assert 0.5 < patches.fit(batches) <= 1.0
-    found = torch.cat([patches.components(patches.pictures(x)).flatten(0, 1) for x in batches])
-    torch.testing.assert_close(found.mean(0), torch.zeros(32), atol=1e-2, rtol=0)
-    assert abs(float(found.square().mean()) - 1.0) < 1e-3
-    spread = found.std(0)
-    assert bool((spread[:-1] >= spread[1:] - 1e-4).all())
-
-
-def test_unused_codes_are_moved_onto_the_batch() -> None:
-    codec = _codec()
-    found = quantizer.quantize(codec, torch.randn(1, 32, 300))
-    counts, sums = quantizer.statistics(found, toy.N_CODES)
-    assert counts.sum(1).tolist() == [300.0] * 16
-    for _ in range(400):
-        quantizer.follow(codec, counts, sums)
-    unused = int((counts == 0).sum())
-    assert unused > 0
-    assert quantizer.revive(codec, found.residuals) == unused
+    explained = latents.fit(batches)
+    assert 0.3 < explained <= 1.0
+    features = torch.cat([latents.features(x) for x in batches])
+    found = latents(features).flatten(0, 1)
+    torch.testing.assert_close(found.mean(0), torch.zeros(32), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.std(0), latents.spread, rtol=1e-2, atol=1e-4)
+    assert bool((latents.spread[:-1] >= latents.spread[1:] - 1e-4).all())
+    told = latents.told(latents(features), features)
+    weighed = sum(SHARES[kind] * share for kind, share in told.items()) / sum(SHARES.values())
+    assert abs(weighed - explained) < 0.02
+    halves = by_column(features, 4)
+    assert halves.shape == (48, 24, features.shape[-1] // 4)
+    torch.testing.assert_close(halves[0, 0, : WIDTHS["picture"] // 4], features[0, 0, : WIDTHS["picture"] // 4])

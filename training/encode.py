@@ -2,7 +2,7 @@
 
     python -m training.encode --codec PARTS --set SET --set SET --out OUT
 
-PARTS are a folder with codec-end parts; OUT gets codes-N.safetensors, references-N.ogg and speakers.json (see
+PARTS are a folder with codec parts; OUT gets codes-N.safetensors, references.npy and speakers.json (see
 `training.shards`). Speakers are numbered in the order of their names. Clips of similar length are encoded together,
 filled up with silence: the encoder never looks ahead, so their codes are those of each clip alone.
 """
@@ -74,10 +74,9 @@ def main() -> None:
     """Encodes and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codec", type=Path, required=True)
-    parser.add_argument("--name", default="codec-end", help="another name of the codec's parts")
+    parser.add_argument("--name", default="codec", help="another name of the codec's parts")
     parser.add_argument("--set", type=Path, action="append", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--large", action="store_true", help="recordings in large files, which are written sooner")
     parser.add_argument("--device", help="such as cuda:1")
     args = parser.parse_args()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -94,10 +93,10 @@ def main() -> None:
     for clip, one in zip(listed, samples, strict=True):
         said[clip.speaker].append(one)
     references = np.stack([reference(clips) for clips in said.values()])
-    # A GPU may else reckon with ten bits, and choose other codes than a CPU would.
-    torch.backends.cudnn.allow_tf32 = False
+    # Ten bits would choose other codes than a CPU does, in one frame of many, and the last ones mostly: no harm here.
+    torch.backends.cudnn.allow_tf32 = True
     with ThreadPoolExecutor(1) as beside:
-        written = beside.submit(shards.write_references, args.out, references, names, small=not args.large)
+        written = beside.submit(shards.write_references, args.out, references, names)
         codes = encode(codec.encoder.to(device), samples, log=lambda text: print(text, flush=True))
         print(f"{time.monotonic() - begun:.0f} s: encoded", flush=True)
     encoded = shards.Encoded(
@@ -107,7 +106,8 @@ def main() -> None:
         torch.tensor([clip.n_frames for clip in listed], dtype=torch.int16),
         names,
     )
-    paths = [*shards.write(args.out, encoded), *written.result()]
+    written.result()
+    paths = shards.write(args.out, encoded)
     used = torch.stack([torch.bincount(book.long(), minlength=recipe.N_CODES) for book in encoded.codes.T])
     share = used / used.sum(1, keepdim=True)
     bits = -(share * (share + 1e-12).log2()).sum(1)

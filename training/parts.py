@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from quaver.model.codec_encoder import Codec
 from training import quantizer
@@ -43,11 +43,9 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
-def codec_state(codec: Codec, decoder: nn.Module | None = None) -> dict[str, Tensor]:
-    """The state of a codec, its codebooks shared out; ``decoder`` (an average) replaces its decoder."""
-    whole = Codec(codec.config).to(next(codec.parameters()).device)
+def codec_state(codec: Codec) -> dict[str, Tensor]:
+    """The state of a codec, its codebooks shared out."""
+    whole = Codec(codec.config)
     whole.load_state_dict(codec.state_dict())
-    if decoder is not None:
-        whole.decoder.load_state_dict(decoder.state_dict())
     quantizer.export(whole)
     return dict(whole.state_dict())

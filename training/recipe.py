@@ -97,41 +97,48 @@ def codec_config() -> CodecConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class CodecRecipe:
-    """How the codec is trained; seconds are of wall clock, since GPU time is what is scarce."""
+class EncoderRecipe:
+    """How the codec's encoder is trained; seconds are of wall clock, since GPU time is what is scarce."""
 
-    batch: int = 6
+    batch: int = 32
     n_frames: int = 30
-    changed: float = 0.5
+    changed: float = 0.4
     """The share of crops that are slower or faster, and so higher or lower, than the recording."""
-    fewer: float = 0.5
-    """The share of crops of which the decoder gets the first acoustic codebooks only."""
-    lr: float = 6e-4
+    lr: float = 8e-4
+    said_weight: float = 0.7
+    """The weight of what codebook 0 misses of what is said, against what the others miss of how it sounds."""
+    ema_decay: float = 0.998
+    total_s: float = 240.0
+    seed: int = 1729
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderRecipe:
+    """How the codec's decoder is trained, first its first half alone."""
+
+    batch: int = 10
+    n_frames: int = 30
+    changed: float = 0.3
+    drawn_batch: int = 64
+    """Crops in a step while the decoder only draws, and makes no sound."""
+    drawn_s: float = 40.0
+    drawn_lr: float = 1e-3
+    lr: float = 5e-4
     discriminator_lr: float = 4e-4
-    warmup_s: float = 45.0
+    adversarial_start_s: float = 5.0
     adversarial_ramp_s: float = 20.0
-    total_s: float = 490.0
+    total_s: float = 1200.0
     mel_weight: float = 15.0
+    low_weight: float = 2.0
+    """The weight of the complex spectrum below 1 kHz, where the codes tell the phase."""
     adversarial_weight: float = 2.0
     matching_weight: float = 6.0
-    commitment_weight: float = 4.0
-    phonetic_weight: float = 15.0
-    """The weight of what codebook 0 misses of its targets, as a share of their power."""
-    picture_weight: float = 20.0
-    """The weight of what the acoustic latent misses of all that it is to tell, in the same way."""
-    said_share: float = 1.0
-    """How much of that is what is said, by power, for one part of how it sounds."""
-    sketch_weight: float = 5.0
-    """The weight of what the middle of the decoder misses of that picture."""
+    sketch_weight: float = 4.0
+    """The weight of what the middle of the decoder misses of what the codes tell."""
     heard_weight: float = 10.0
     """The weight of what is said in a recording and not heard in its copy, as a share of its power."""
     ema_decay: float = 0.9995
     seed: int = 1729
-
-
-def polishing(total_s: float) -> CodecRecipe:
-    """How the decoder is trained alone: in small steps, on recordings that are seldom changed."""
-    return CodecRecipe(batch=10, changed=0.3, fewer=0.25, lr=4e-4, total_s=total_s)
 
 
 FIRST_CONTROL = N_CODES
@@ -149,7 +156,7 @@ PREDICTOR: dict[str, Any] = {
     "model_type": "qwen3_tts_talker_code_predictor",
     "num_attention_heads": 4,
     "num_code_groups": N_CODEBOOKS,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 4,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
@@ -185,7 +192,7 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
         "model_type": "qwen3_tts_talker",
         "num_attention_heads": 4,
         "num_code_groups": N_CODEBOOKS,
-        "num_hidden_layers": 5,
+        "num_hidden_layers": 6,
         "num_key_value_heads": 2,
         "position_id_per_seconds": 13,
         "rms_norm_eps": 1e-06,
@@ -235,9 +242,9 @@ class TalkerRecipe:
     """Positions in a step, padding included."""
     n_rows: int = 384
     """The most examples in a step."""
-    n_frames: int = 4096
+    n_frames: int = 8192
     """How many frames the code predictor sees in a step."""
-    settled: float = 0.5
+    settled: float = 0.65
     """The share of the time after which talker and speaker encoder stay as they are: text is read long before the code
     predictor fits (docs/VOICE.md)."""
     n_frames_settled: int = 16_384

@@ -1,61 +1,76 @@
-"""The codec's activation as one kernel each way, for training on a GPU.
+"""The codec decoder's second half as it is trained on a GPU: the same function with the channels last.
 
-In plain PyTorch it is six passes over the largest tensors of the model, in float32; this is one, in the input's
-dtype, and about halves a training step. Same function, same gradients (`check` compares them).
+Convolutions on a GPU want the channels last: as the package's modules have them, every one is turned around and back.
+And the activation, six passes over the largest tensors of the model in float32, is one kernel each way here, in the
+input's dtype. Same values, same gradients (`check` compares them). Shapes: B batch, L steps, C channels.
 """
 
 from __future__ import annotations
 
-import functools
+from functools import reduce
 from typing import Any
 
 import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from quaver.model.codec import SnakeBeta
+from quaver.model.codec import CausalConv, CausalTransposedConv, CodecDecoder, ResidualUnit, SnakeBeta, UpsampleBlock
 
-_BLOCK = 2048
+_TILE = 4096
+"""Values a program has in hand at a time."""
+_PROGRAMS = 2048
+"""So many programs share the rows: each adds up its own part of the gradients of alpha and beta."""
 
 
 # ruff: noqa: ANN001, ANN202
 # Triton reads a kernel's annotations as types of its own: only constexpr may stand there.
 @triton.jit  # type: ignore[untyped-decorator]
-def _forward(x, y, alpha, beta, channels, length, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, at = tl.program_id(0), tl.program_id(1) * block + tl.arange(0, block)
-    channel, inside = row % channels, at < length
-    a, b = tl.exp(tl.load(alpha + channel)), tl.exp(tl.load(beta + channel)) + 1e-9
-    start = row.to(tl.int64) * length
-    v = tl.load(x + start + at, inside, 0.0).to(tl.float32)
-    wave = tl.sin(v * a)
-    tl.store(y + start + at, v + wave * wave / b, inside)
+def _forward(x, y, alpha, beta, n, channels, rows: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    channel = tl.arange(0, width)
+    own = channel < channels
+    a, b = tl.exp(tl.load(alpha + channel, own, 0.0)), tl.exp(tl.load(beta + channel, own, 0.0)) + 1e-9
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    at = row.to(tl.int64)[:, None] * channels + channel[None, :]
+    inside = (row < n)[:, None] & own[None, :]
+    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    wave = tl.sin(v * a[None, :])
+    tl.store(y + at, v + wave * wave / b[None, :], inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
-    x, g, dx, alpha, beta, dalpha, dbeta, channels, length, block: tl.constexpr
+    x, g, dx, alpha, beta, dalpha, dbeta, n, channels, blocks, rows: tl.constexpr, width: tl.constexpr
 ):
-    row, at = tl.program_id(0), tl.program_id(1) * block + tl.arange(0, block)
-    channel, inside = row % channels, at < length
-    a, b = tl.exp(tl.load(alpha + channel)), tl.exp(tl.load(beta + channel)) + 1e-9
-    start = row.to(tl.int64) * length
-    v = tl.load(x + start + at, inside, 0.0).to(tl.float32)
-    up = tl.load(g + start + at, inside, 0.0).to(tl.float32)
-    wave, double = tl.sin(v * a), tl.sin(2.0 * v * a)
-    slope = up * double * a / b
-    tl.store(dx + start + at, up + slope, inside)
-    tl.atomic_add(dalpha + channel, tl.sum(slope * v, 0))
-    tl.atomic_add(dbeta + channel, -tl.sum(up * wave * wave / b, 0))
+    channel = tl.arange(0, width)
+    own = channel < channels
+    a, b = tl.exp(tl.load(alpha + channel, own, 0.0)), tl.exp(tl.load(beta + channel, own, 0.0)) + 1e-9
+    da, db = tl.zeros([width], tl.float32), tl.zeros([width], tl.float32)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        row = block * rows + tl.arange(0, rows)
+        at = row.to(tl.int64)[:, None] * channels + channel[None, :]
+        inside = (row < n)[:, None] & own[None, :]
+        v = tl.load(x + at, inside, 0.0).to(tl.float32)
+        up = tl.load(g + at, inside, 0.0).to(tl.float32)
+        wave, double = tl.sin(v * a[None, :]), tl.sin(2.0 * v * a[None, :])
+        slope = up * double * a[None, :] / b[None, :]
+        tl.store(dx + at, up + slope, inside)
+        da += tl.sum(slope * v, 0)
+        db += tl.sum(-up * wave * wave / b[None, :], 0)
+    tl.atomic_add(dalpha + channel, da, own)
+    tl.atomic_add(dbeta + channel, db, own)
 
 
 class _Snake(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         x = x.contiguous()
-        batch, channels, length = x.shape
+        n, channels = x.numel() // x.shape[-1], x.shape[-1]
         y = torch.empty_like(x)
-        _forward[(batch * channels, triton.cdiv(length, _BLOCK))](x, y, alpha, beta, channels, length, _BLOCK)
+        width = triton.next_power_of_2(channels)
+        rows = max(1, _TILE // width)
+        _forward[(triton.cdiv(n, rows),)](x, y, alpha, beta, n, channels, rows, width)
         ctx.save_for_backward(x, alpha, beta)
         return y
 
@@ -63,41 +78,77 @@ class _Snake(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, alpha, beta = ctx.saved_tensors
         g = g.contiguous()
-        batch, channels, length = x.shape
+        n, channels = x.numel() // x.shape[-1], x.shape[-1]
         dx, dalpha, dbeta = torch.empty_like(x), torch.zeros_like(alpha), torch.zeros_like(beta)
-        grid = (batch * channels, triton.cdiv(length, _BLOCK))
-        _backward[grid](x, g, dx, alpha, beta, dalpha, dbeta, channels, length, _BLOCK)
+        width = triton.next_power_of_2(channels)
+        rows = max(1, _TILE // width)
+        blocks = triton.cdiv(n, rows)
+        grid = (min(blocks, _PROGRAMS),)
+        _backward[grid](x, g, dx, alpha, beta, dalpha, dbeta, n, channels, blocks, rows, width)
         return dx, dalpha, dbeta
 
 
-def _snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    out: Tensor = _Snake.apply(x, alpha, beta)  # type: ignore[no-untyped-call]
+def _snake(x: Tensor, module: SnakeBeta) -> Tensor:
+    out: Tensor = _Snake.apply(x, module.alpha, module.beta)  # type: ignore[no-untyped-call]
     return out
 
 
-def _call(module: SnakeBeta, x: Tensor, memory: object = None) -> Tensor:
-    return _snake(x, module.alpha, module.beta)
+def _conv(x: Tensor, module: CausalConv) -> Tensor:
+    """``module`` of ``x`` [B, L, C]."""
+    conv = module.conv
+    if conv.out_channels == 1:
+        # One channel out suits no kernel: every tap by itself, and their shifted sum.
+        taps = F.linear(F.pad(x, (0, 0, module.context, 0)), conv.weight[0].T)
+        n = x.shape[1]
+        return reduce(torch.add, [taps[:, i : i + n, i] for i in range(taps.shape[-1])])[..., None] + conv.bias  # type: ignore[operator]
+    if not module.context:
+        return F.linear(x, conv.weight[:, :, 0], conv.bias)
+    image = F.pad(x, (0, 0, module.context, 0)).transpose(1, 2)[:, :, None]
+    weight = conv.weight[:, :, None].contiguous(memory_format=torch.channels_last)
+    return F.conv2d(image, weight, conv.bias, dilation=(1, conv.dilation[0]))[:, :, 0].transpose(1, 2)
 
 
-def install(model: nn.Module) -> None:
-    """Makes every SnakeBeta of ``model`` run as one kernel."""
-    for module in model.modules():
-        if isinstance(module, SnakeBeta):
-            object.__setattr__(module, "forward", functools.partial(_call, module))
+def _transposed(x: Tensor, module: CausalTransposedConv) -> Tensor:
+    n = x.shape[1]
+    weight, bias = module.conv.weight, module.conv.bias
+    assert bias is not None
+    # [C, C', context + 1, stride] to [C, tap, step, C']: what comes out has its channels last already.
+    kernel = weight.view(*weight.shape[:2], -1, module.stride).permute(0, 2, 3, 1)
+    spread = F.pad(x, (0, 0, module.context, 0)) @ kernel.flatten(1)
+    spread = spread.view(*spread.shape[:2], module.context + 1, -1)
+    y = reduce(torch.add, [spread[:, module.context - j :, j][:, :n] for j in range(module.context + 1)])
+    return y.reshape(len(x), n * module.stride, -1) + bias.to(y.dtype)
 
 
-def check(device: torch.device) -> float:
-    """The largest relative difference of output and gradients from the plain module on ``device``."""
-    torch.manual_seed(0)
-    plain = SnakeBeta(6).to(device)
-    plain.alpha.data.normal_()
-    plain.beta.data.normal_()
-    x = torch.randn(3, 6, 5000, device=device, requires_grad=True)
-    g = torch.randn(3, 6, 5000, device=device)
-    worst = 0.0
-    inputs = (x, plain.alpha, plain.beta)
-    expected = (plain(x), *torch.autograd.grad(plain(x), inputs, g))
-    got = (_snake(*inputs), *torch.autograd.grad(_snake(*inputs), inputs, g))
-    for a, b in zip(expected, got, strict=True):
-        worst = max(worst, float(((a - b).norm() / a.norm()).detach()))
+def _module(x: Tensor, module: nn.Module) -> Tensor:
+    if isinstance(module, SnakeBeta):
+        return _snake(x, module)
+    if isinstance(module, CausalConv):
+        return _conv(x, module)
+    if isinstance(module, CausalTransposedConv):
+        return _transposed(x, module)
+    if isinstance(module, ResidualUnit):
+        parts: tuple[nn.Module, ...] = (module.act1, module.conv1, module.act2, module.conv2)
+        return x + reduce(_module, parts, x)
+    assert isinstance(module, UpsampleBlock)
+    return reduce(_module, module.block, x)
+
+
+def sounded(decoder: CodecDecoder, middle: Tensor) -> Tensor:
+    """The samples [B, N] that the second half of ``decoder`` makes of what the first half made [B, C, L]."""
+    out = reduce(_module, decoder.decoder, middle.transpose(1, 2))
+    return out.squeeze(-1).clamp(-1.0, 1.0)
+
+
+def check(decoder: CodecDecoder, plain: Any) -> float:
+    """The largest relative difference of samples and gradients from those of the function ``plain``, in float32."""
+    weights = [p for p in decoder.decoder.parameters() if p.requires_grad]
+    middle = torch.randn(2, decoder.config.latent_dim, 40, device=weights[0].device, requires_grad=True)
+    worst, inputs = 0.0, [middle, *weights]
+    found = []
+    for function in (plain, sounded):
+        made = function(decoder, middle)
+        found.append((made, *torch.autograd.grad(made.square().sum(), inputs)))
+    for a, b in zip(*found, strict=True):
+        worst = max(worst, float(((a - b).norm() / a.norm().clamp(min=1e-9)).detach()))
     return worst

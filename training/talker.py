@@ -224,7 +224,7 @@ class Trainer:
         self.device = device = examples.device
         self.planner = Planner(config, tokenizer, examples.tokens)
         hidden, n_books = config.talker_config.hidden_size, recipe.N_CODEBOOKS
-        books = torch.stack([book.embedding.detach() for book in quantizer.codebooks(codec)]).to(device)
+        books = torch.stack([book.embedding.detach() for book in quantizer.codebooks(codec.encoder)]).to(device)
         self.latents = books[1:].flatten(0, 1)
         # What a hidden state says of the frame's acoustic latent, read off linearly; it is not part of the model.
         self.readout = nn.Linear(hidden, books.shape[2]).to(device)
@@ -566,7 +566,7 @@ def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
     nn.init.normal_(talker.model.text_embedding.weight)
     for linear, std in ((talker.text_projection.linear_fc1, 1.0), (talker.text_projection.linear_fc2, 0.5)):
         nn.init.normal_(linear.weight, std=std * linear.in_features**-0.5)
-    books = [book.embedding for book in quantizer.codebooks(codec)]
+    books = [book.embedding for book in quantizer.codebooks(codec.encoder)]
     hidden = talker.config.hidden_size
     axes = torch.linalg.qr(torch.randn(hidden, 2 * books[0].shape[1]))[0].T
     first_axes, axes = axes[: books[0].shape[1]], axes[books[0].shape[1] :]

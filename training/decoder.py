@@ -1,0 +1,360 @@
+"""Train the codec's decoder: codes to samples, on one GPU.
+
+    python -m training.decoder --set SET --first CODEC --latents LATENTS --encoder ENCODER --out OUT --seconds 1200
+
+CODEC and LATENTS as in `training.encoder`; ENCODER is the folder to which that writes its codec parts. Until they are
+there the decoder learns what the codes are to tell, measured on the sound itself and coded with the first codebooks;
+from then on the encoder's own codes. At first it only draws: its first half, down to 50 Hz, learns to give back what
+the codes tell, which takes it far longer when it has to be learnt through sound. Writes OUT/codec parts every two
+minutes and at the end, encoder and all. A train step is one CUDA graph; on a CPU it runs uncaptured (`--toy`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quaver.model.codec import CodecDecoder
+from quaver.model.codec_encoder import Codec, CodecEncoder
+from training import data, parts, quantizer, recipe
+from training.encoder import Coding, captured, first_codec, open_coding
+from training.latents import WIDTH, by_column
+from training.losses import Discriminators, MelDistance
+from training.pool import Pool, from_sets
+
+_REPORTED = ("mel", "low", "own", "adv", "match", "sketch", "heard")
+_ODD_STEPS = 100
+"""So many steps and one in ten may give gradients that are not finite; more end the run."""
+_LOW_HZ = 1000.0
+_BRIGHT = 0.5
+
+
+def excerpts(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+    """The same second of both, at a random place of each row: discriminating all of it cost more than the codec."""
+    length = min(data.RATE_HZ, real.shape[1])
+    start = torch.randint(real.shape[1] - length + 1, (len(real), 1), device=real.device)
+    index = start + torch.arange(length, device=real.device)
+    return real.gather(1, index), made.gather(1, index)
+
+
+class Trainer:
+    """The decoder, its discriminators and its train steps."""
+
+    def __init__(self, pool: Pool, coding: Coding, codec: Codec, settings: recipe.DecoderRecipe) -> None:
+        self.pool, self.coding, self.settings = pool, coding, settings
+        self.device = device = coding.books.device
+        torch.manual_seed(settings.seed)
+        self.first = copy.deepcopy(codec).to(device).requires_grad_(False)
+        """The codec begun from: for a while its decoder's first half is what ours is to draw like, too."""
+        self.encoder: CodecEncoder | None = None
+        self.decoder = copy.deepcopy(codec.decoder).to(device)
+        self.sounded = sounded
+        if device.type == "cuda":
+            from training import snake
+
+            self.sounded = snake.sounded
+        self.discriminators = Discriminators().to(device)
+        self.distance = MelDistance().to(device)
+        config = self.decoder.config
+        self.n_parts = math.prod(config.upsampling_ratios)
+        self.sketch = nn.Linear(config.latent_dim, WIDTH // self.n_parts).to(device)
+        # The quantizer's input projections are never used by a decoder.
+        own = {n: p for n, p in self.decoder.named_parameters() if "quantizer" not in n or "output_proj" in n}
+        self.early = [p for n, p in own.items() if not n.startswith("decoder.")] + [*self.sketch.parameters()]
+        self.late = [p for n, p in own.items() if n.startswith("decoder.")]
+        self.theirs = list(self.discriminators.parameters())
+        self.aim()
+        self.ema = copy.deepcopy(self.decoder).requires_grad_(False)
+        self.followed = list(self.ema.parameters()), list[Tensor](self.decoder.parameters())
+        for parameter in (*self.early, *self.late, *self.theirs):
+            parameter.grad = torch.zeros_like(parameter)
+        self.lr = [torch.tensor(0.0, device=device) for _ in range(3)]
+        fused = device.type == "cuda"
+        self.optimizers = [
+            torch.optim.AdamW(group, lr=rate, betas=(0.8, 0.99), weight_decay=1e-3, fused=fused, capturable=fused)
+            for group, rate in zip((self.early, self.late, self.theirs), self.lr, strict=True)
+        ]
+        self.ramp = torch.tensor(0.0, device=device)
+        self.report = torch.zeros(len(_REPORTED), device=device)
+        self.odd = torch.zeros((), device=device)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where there is a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    @torch.no_grad()
+    def read(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """The vectors of codebook 0 and the sums of the others' [B, T, d] for ``samples`` [B, N]."""
+        if self.encoder is None:
+            said, sound, _ = self.coding(samples)
+            books = self.coding.books
+        else:
+            said, sound = quantizer.to_code(self.encoder, samples)
+            books = torch.stack([book.embedding for book in quantizer.codebooks(self.encoder)])
+        return quantizer.coded(said, books[:1])[1], quantizer.coded(sound, books[1:])[1]
+
+    def latents(self, samples: Tensor) -> Tensor:
+        """The latents [B, codebook_dim, T] that the decoder reads."""
+        first, rest = self.read(samples)
+        read = self.decoder.quantizer
+        out: Tensor = read.rvq_first.output_proj(first.transpose(1, 2)) + read.rvq_rest.output_proj(
+            rest.transpose(1, 2)
+        )
+        return out
+
+    @torch.no_grad()
+    def aim(self) -> None:
+        """Lets the decoder read on what it read, as far as the new codes tell it, and every new dimension faintly:
+        what is faint takes it long to find."""
+        told, passed = [], []
+        for _ in range(40 if self.device.type == "cuda" else 2):
+            samples = self.pool.draw(self.settings.batch, self.settings.n_frames, self.settings.changed)
+            told.append(torch.cat(self.read(samples), -1).flatten(0, 1))
+            codes = self.first.encoder.encode(samples)
+            passed.append(self.first.decoder.quantizer.decode(codes).transpose(1, 2).flatten(0, 1))
+        x, y = torch.cat(told), torch.cat(passed)
+        read = self.decoder.quantizer
+        found = quantizer.regressed(x, y).T.chunk(2, 1)
+        for module, matrix in zip((read.rvq_first.output_proj, read.rvq_rest.output_proj), found, strict=True):
+            quantizer.weight(module).copy_(matrix)
+        outward, sound = quantizer.weight(read.rvq_rest.output_proj), x.chunk(2, 1)[1]
+        axes = torch.linalg.qr(torch.randn(len(outward), outward.shape[1], device=self.device))[0]
+        loud = y.square().mean().sqrt() * (outward.shape[0] / outward.shape[1]) ** 0.5
+        outward += _BRIGHT * loud * axes / sound.square().mean(0).sqrt().clamp(min=1e-4)
+
+    def drawn(self, middle: Tensor, features: Tensor) -> Tensor:
+        """How far ``features`` [B, T, F] are from those read off the ``middle`` [B, latent, 4 T] of the decoder."""
+        got = self.sketch(middle.transpose(1, 2)).float()
+        wanted = by_column(self.coding.latents.normal(features) / self.coding.latents.gain.mean(), self.n_parts)
+        distance: Tensor = (got - wanted).abs().mean() / wanted.abs().mean()
+        return distance
+
+    def draw_step(self) -> None:
+        """One step of the first half alone."""
+        samples = self.pool.draw(self.settings.drawn_batch, self.settings.n_frames, self.settings.changed)
+        features = self.features(samples)
+        with self.autocast():
+            with torch.no_grad():
+                latents = self.first.decoder.quantizer.decode(self.first.encoder.encode(samples))
+                before = halfway(self.first.decoder, latents)
+            middle = halfway(self.decoder, self.latents(samples))
+            sketch = self.drawn(middle, features)
+            unlike = (middle - before).float().square().mean() / before.float().var()
+        gradients = torch.autograd.grad(sketch + 0.5 * unlike, self.early)
+        self._apply(((self.early, gradients, self.optimizers[0]),))
+        self._tell(sketch=sketch, heard=unlike)
+
+    def features(self, samples: Tensor) -> Tensor:
+        """The features [B, T, F] of ``samples``."""
+        with torch.no_grad():
+            found: Tensor = self.coding.latents.features(samples)
+        return found
+
+    def step(self) -> None:
+        """One train step of everything."""
+        s = self.settings
+        real = self.pool.draw(s.batch, s.n_frames, s.changed)
+        features = self.features(real)
+        with self.autocast():
+            middle = halfway(self.decoder, self.latents(real))
+            made = self.sounded(self.decoder, middle).float()
+            sketch = self.drawn(middle, features)
+            own, adversarial, matching = self.discriminators(*excerpts(real, made))
+            heard = self.reheard(real, made)
+        mel, low = self.distance(real, made), apart_below(real, made, _LOW_HZ)
+        loss = s.mel_weight * mel + s.low_weight * low + s.sketch_weight * sketch + s.heard_weight * heard
+        loss = loss + self.ramp * (s.adversarial_weight * adversarial + s.matching_weight * matching)
+        gradients = torch.autograd.grad(loss, [*self.early, *self.late], retain_graph=True)
+        theirs = torch.autograd.grad(own, self.theirs)
+        n = len(self.early)
+        self._apply(
+            (
+                (self.early, gradients[:n], self.optimizers[0]),
+                (self.late, gradients[n:], self.optimizers[1]),
+                (self.theirs, theirs, self.optimizers[2]),
+            )
+        )
+        self._tell(mel=mel, low=low, own=own, adv=adversarial, match=matching, sketch=sketch, heard=heard)
+
+    def reheard(self, real: Tensor, made: Tensor) -> Tensor:
+        """The share of what is said in half of ``real`` [B, N] that is not heard in ``made``."""
+        n = max(1, len(real) // 2)
+        said, _ = quantizer.to_code(self.coding.listener, torch.cat((real[:n], made[:n])))
+        wanted, got = said.chunk(2)
+        missed: Tensor = (got - wanted).square().sum(-1).mean() / self.coding.power
+        return missed
+
+    @torch.no_grad()
+    def _apply(self, groups: tuple[tuple[list[nn.Parameter], tuple[Tensor, ...], torch.optim.Optimizer], ...]) -> None:
+        for parameters, gradients, optimizer in groups:
+            grads = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_copy_(grads, list(gradients))
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            self.odd += (~norm.isfinite()).float()
+            for gradient in grads:
+                gradient.nan_to_num_(0.0, 0.0, 0.0)
+            torch._foreach_mul_(grads, (5.0 / norm.nan_to_num(1.0, 1.0).clamp(min=1e-6)).clamp(max=1.0))
+            optimizer.step()
+        torch._foreach_lerp_(list[Tensor](self.followed[0]), self.followed[1], 1.0 - self.settings.ema_decay)
+
+    @torch.no_grad()
+    def _tell(self, **values: Tensor) -> None:
+        now = torch.stack([values.get(name, self.odd * 0.0).float() for name in _REPORTED])
+        self.report.lerp_(torch.where(now.isfinite(), now, self.report), 0.03)
+
+    def follow(self, encoder: CodecEncoder) -> None:
+        """From now on the codes are those of ``encoder``."""
+        self.encoder = encoder.to(self.device).requires_grad_(False)
+
+    def pace(self, elapsed_s: float) -> None:
+        """Sets learning rates and the adversarial ramp for a moment of the run."""
+        s = self.settings
+        sounding = elapsed_s - s.drawn_s
+        if sounding < 0.0:
+            share = min(1.0, elapsed_s / s.drawn_s)
+            self.lr[0].fill_(s.drawn_lr * min(1.0, elapsed_s / 3.0) * (0.1 + 0.45 * (1.0 + math.cos(math.pi * share))))
+            return
+        share = min(1.0, sounding / max(1.0, s.total_s - s.drawn_s))
+        factor = min(1.0, (sounding + 0.1) / 5.0) * (0.02 + 0.49 * (1.0 + math.cos(math.pi * share)))
+        self.lr[0].fill_(s.lr * factor)
+        self.lr[1].fill_(s.lr * factor)
+        self.lr[2].fill_(s.discriminator_lr * max(factor, 0.3))
+        self.ramp.fill_(min(1.0, max(0.0, (sounding - s.adversarial_start_s) / s.adversarial_ramp_s)))
+
+    def whole(self) -> Codec:
+        """The codec with the averaged decoder, and with the encoder that it listens to."""
+        codec = copy.deepcopy(self.first)
+        codec.decoder.load_state_dict(self.ema.state_dict())
+        if self.encoder is None:
+            quantizer.install(codec.encoder, self.coding.books)
+        else:
+            codec.encoder.load_state_dict(self.encoder.state_dict())
+        return codec
+
+
+def halfway(decoder: CodecDecoder, latents: Tensor) -> Tensor:
+    """What the first half of ``decoder`` makes of ``latents`` [B, codebook_dim, T]: [B, latent, 4 T]."""
+    x: Tensor = decoder.pre_conv(latents)
+    x = decoder.pre_transformer(x.transpose(1, 2)).transpose(1, 2)
+    for stage in decoder.upsample:
+        assert isinstance(stage, nn.ModuleList)
+        for module in stage:
+            x = module(x)
+    return x
+
+
+def sounded(decoder: CodecDecoder, middle: Tensor) -> Tensor:
+    """The samples [B, N] that the second half of ``decoder`` makes of what the first half made."""
+    for module in decoder.decoder:
+        middle = module(middle)
+    return middle.squeeze(1).clamp(-1.0, 1.0)
+
+
+def apart_below(real: Tensor, made: Tensor, hz: float) -> Tensor:
+    """How far the complex spectra of ``real`` and ``made`` [B, N] are apart below ``hz``; about 1.3 at random."""
+    window = torch.hann_window(1024, device=real.device)
+    n = round(1024 * hz / data.RATE_HZ)
+    spectra = torch.view_as_real(torch.stft(torch.cat((real, made)), 1024, 256, window=window, return_complex=True))
+    wanted, got = spectra[:, 1:n].chunk(2)
+    distance = (got - wanted).square().sum(-1).add(1e-6).sqrt().mean()
+    found: Tensor = distance / wanted.square().sum(-1).add(1e-6).sqrt().mean()
+    return found
+
+
+def train(trainer: Trainer, encoder: Path | None, save: Callable[[], None], log: Callable[[str], None]) -> None:
+    """Draws, then sounds, until the recipe's seconds are over; listens to ``encoder`` as soon as its parts are whole.
+
+    Raises FloatingPointError when too many steps were not finite.
+    """
+    s, on_gpu = trainer.settings, trainer.device.type == "cuda"
+    step, sounding = captured(trainer.draw_step, trainer.device), False
+    begun, n_steps, told, saved_s = time.monotonic(), 0, 0, 0.0
+    while (elapsed := time.monotonic() - begun) < s.total_s:
+        again = not sounding and elapsed > s.drawn_s
+        if encoder and trainer.encoder is None and (encoder / "done").exists():
+            codec = Codec(recipe.codec_config())
+            codec.load_state_dict(parts.read(encoder, "codec"))
+            trainer.follow(codec.encoder)
+            again = True
+            log(f"{elapsed:.0f} s, step {n_steps}: from now on the encoder's codes")
+        if again:
+            del step
+            sounding = elapsed > s.drawn_s
+            step = captured(trainer.step if sounding else trainer.draw_step, trainer.device)
+        trainer.pace(elapsed)
+        for _ in range(10 if on_gpu else 1):
+            step()
+            n_steps += 1
+        if on_gpu:
+            torch.cuda.synchronize()
+        if n_steps >= told + (500 if on_gpu else 1):
+            told, odd = n_steps, int(trainer.odd)
+            values = " ".join(f"{n} {v:.3f}" for n, v in zip(_REPORTED, trainer.report.tolist(), strict=True))
+            log(f"{elapsed:.0f} s, step {n_steps}: {values}" + (f", {odd} not finite" if odd else ""))
+            if odd > _ODD_STEPS + n_steps // 10:
+                raise FloatingPointError(f"{odd} of {n_steps} steps gave gradients that are not finite")
+        if elapsed > saved_s + 120.0 and sounding:
+            saved_s = elapsed
+            save()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    log(f"done: {n_steps} steps in {elapsed:.0f} s, {peak:.1f} GiB, {int(trainer.odd)} not finite")
+
+
+def main() -> None:
+    """Trains and saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", type=Path, action="append", required=True, help="a synthesized set")
+    parser.add_argument("--hours", type=float, default=12.0, help="of speech to learn from, all speakers alike")
+    parser.add_argument("--first", type=Path, required=True, help="a trained codec's safetensors file")
+    parser.add_argument("--latents", type=Path, required=True, help="what `training.encoder measure` wrote")
+    parser.add_argument("--encoder", type=Path, help="where `training.encoder train` writes")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=1200.0)
+    parser.add_argument("--drawn", type=float, help="for how many seconds the decoder only draws")
+    parser.add_argument("--device")
+    parser.add_argument("--toy", action="store_true", help="a few steps at toy size, on a CPU")
+    args = parser.parse_args()
+    begun = time.monotonic()
+    device = torch.device(args.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+
+    def log(text: str) -> None:
+        print(f"decoder {time.monotonic() - begun:.0f} s | {text}", flush=True)
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    settings = recipe.DecoderRecipe(total_s=args.seconds)
+    if args.drawn is not None:
+        settings = dataclasses.replace(settings, drawn_s=args.drawn)
+    if args.toy:
+        settings = dataclasses.replace(settings, batch=2, drawn_batch=3, n_frames=6, drawn_s=args.seconds / 2)
+    pool = Pool(from_sets(args.set, args.hours), device)
+    log(pool.described)
+    codec = first_codec(args.first)
+    trainer = Trainer(pool, open_coding(codec, args.latents, device), codec, settings)
+    if device.type == "cuda":
+        from training import snake
+
+        differs = snake.check(trainer.decoder, sounded)
+        log(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; its fast half differs by {differs:.1e}")
+        torch.cuda.manual_seed(settings.seed)
+
+    def save() -> None:
+        parts.write(args.out, "codec", parts.codec_state(trainer.whole().cpu()), torch.float32)
+        log("saved")
+
+    train(trainer, args.encoder, save, log)
+    save()
+
+
+if __name__ == "__main__":
+    main()

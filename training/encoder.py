@@ -1,0 +1,267 @@
+"""Train the codec's encoder: to tell what is said, as an earlier encoder hears it, and how it sounds.
+
+    python -m training.encoder measure --set SET --first CODEC --out LATENTS
+    python -m training.encoder train --set SET --first CODEC --latents LATENTS --out OUT --seconds 240
+
+CODEC is a speech_tokenizer/model.safetensors of the same shapes: the encoder to start from, whose codebook 0 was
+taught what is said (`training.phonetic`), and whose hearing is the target of codebook 0 ever after. `measure` finds the
+principal axes of how speech sounds (`training.latents`) and codebooks for both, from nothing but speech, so that the
+decoder can begin to learn them while the encoder does. `train` writes OUT/codec parts every minute and at the end: the
+encoder with codebooks fitted to what it tells, beside CODEC's decoder. Both take minutes on a GPU; `--toy` on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from quaver.model.codec_encoder import Codec, CodecEncoder
+from training import parts, quantizer, recipe
+from training.latents import WIDTHS, Latents
+from training.pool import Pool, from_sets
+
+
+class Coding(nn.Module):
+    """What every codebook is to code, measured on the sound itself, and codebooks for it."""
+
+    books: Tensor
+    power: Tensor
+    """Of what is said: its variance, summed over its dimensions."""
+
+    def __init__(self, listener: CodecEncoder) -> None:
+        super().__init__()
+        self.listener = listener.requires_grad_(False)
+        width = listener.config.codebook_dim
+        self.latents = Latents(width)
+        self.register_buffer("books", torch.zeros(recipe.N_CODEBOOKS, recipe.N_CODES, width))
+        self.register_buffer("power", torch.ones(()))
+
+    def forward(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is said in ``samples`` [B, N] and how it sounds, [B, T, d] each, and the features [B, T, F] of that."""
+        said, _ = quantizer.to_code(self.listener, samples)
+        with torch.autocast(samples.device.type, enabled=False):
+            features = self.latents.features(samples)
+            return said, self.latents(features), features
+
+    @torch.no_grad()
+    def measure(self, draw: Callable[[], Tensor], n_batches: int) -> str:
+        """Fits axes and codebooks to ``n_batches`` of samples; says how much they tell."""
+        explained = self.latents.fit(draw() for _ in range(n_batches))
+        found = [self(draw()) for _ in range(n_batches)]
+        said, sound = (torch.cat([f[i].flatten(0, 1) for f in found]) for i in (0, 1))
+        self.power.copy_(said.var(0).sum())
+        first = quantizer.fit(said, 1, recipe.N_CODES)
+        rest = quantizer.fit(sound, recipe.N_CODEBOOKS - 1, recipe.N_CODES)
+        self.books.copy_(torch.cat((first, rest)))
+        features = found[-1][2]
+        whole = self.latents.told(found[-1][1], features)
+        coded = self.latents.told(quantizer.coded(found[-1][1], rest)[1], features)
+        kinds = ", ".join(f"{k} {whole[k]:.3f}, coded {coded[k]:.3f}" for k in WIDTHS)
+        missed = (quantizer.coded(said, first)[1] - said).square().sum(1).mean() / self.power
+        return f"{explained:.3f} of all that sounds: {kinds}; what is said {1 - float(missed):.3f}; {len(said)} frames"
+
+    def state(self) -> dict[str, Tensor]:
+        """All but the listener."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("listener.")}
+
+
+def first_codec(file: Path) -> Codec:
+    """The codec of the safetensors ``file``."""
+    codec = Codec(recipe.codec_config())
+    codec.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+    return codec
+
+
+def open_coding(codec: Codec, folder: Path | None, device: torch.device) -> Coding:
+    """What `measure` wrote to ``folder``, with the encoder of ``codec`` as its listener."""
+    coding = Coding(copy.deepcopy(codec.encoder))
+    if folder:
+        coding.load_state_dict(parts.read(folder, "coding"), strict=False)
+    return coding.to(device)
+
+
+class Trainer:
+    """The encoder and one train step."""
+
+    def __init__(self, pool: Pool, coding: Coding, codec: Codec, settings: recipe.EncoderRecipe) -> None:
+        self.pool, self.coding, self.settings = pool, coding, settings
+        self.device = device = coding.books.device
+        self.encoder = copy.deepcopy(codec.encoder).to(device)
+        self.aim()
+        self.parameters = [p for n, p in self.encoder.named_parameters() if "output_proj" not in n]
+        self.ema = copy.deepcopy(self.encoder).requires_grad_(False)
+        names = {n for n, _ in self.encoder.named_parameters() if "output_proj" not in n}
+        self.followed = [p for n, p in self.ema.named_parameters() if n in names]
+        self.lr = torch.tensor(0.0, device=device)
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.lr, betas=(0.9, 0.98), weight_decay=1e-3, fused=fused, capturable=fused
+        )
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        spread = coding.latents.spread
+        self.weight = spread.mean() / (spread + 0.02 * spread.max())
+        self.report = torch.zeros(2, device=device)
+
+    def draw(self) -> Tensor:
+        """A batch of crops."""
+        return self.pool.draw(self.settings.batch, self.settings.n_frames, self.settings.changed)
+
+    @torch.no_grad()
+    def aim(self) -> None:
+        """Lets the encoder tell as much as it does already."""
+        latents, said, sound = [], [], []
+        for _ in range(40 if self.device.type == "cuda" else 2):
+            samples = self.draw()
+            wanted = self.coding(samples)
+            latents.append(self.encoder.latents(samples).transpose(1, 2).flatten(0, 1))
+            said.append(wanted[0].flatten(0, 1))
+            sound.append(wanted[1].flatten(0, 1))
+        quantizer.aim(self.encoder, torch.cat(latents), (torch.cat(said), torch.cat(sound)))
+
+    def step(self) -> None:
+        """One train step; gradients that are not finite count as none."""
+        samples = self.draw()
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            said, sound, _ = self.coding(samples)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            got = quantizer.to_code(self.encoder, samples)
+        missed = (got[0] - said).square().sum(-1).mean() / self.coding.power
+        blurred = ((got[1] - sound).square() * self.weight).sum(-1).mean() / self.coding.latents.spread.square().sum()
+        loss = self.settings.said_weight * missed + blurred
+        gradients = list(torch.autograd.grad(loss, self.parameters))
+        with torch.no_grad():
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_copy_(grads, gradients)
+            for gradient in grads:
+                gradient.nan_to_num_(0.0, 0.0, 0.0)
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            torch._foreach_mul_(grads, (1.0 / norm.clamp(min=1e-6)).clamp(max=1.0))
+            self.optimizer.step()
+            torch._foreach_lerp_(
+                list[Tensor](self.followed), list[Tensor](self.parameters), 1.0 - self.settings.ema_decay
+            )
+            self.report.lerp_(torch.stack((missed, blurred)).nan_to_num(1.0), 0.02)
+
+    def captured(self) -> Callable[[], None]:
+        """A train step as a CUDA graph; as it is on a CPU."""
+        return captured(self.step, self.device)
+
+    @torch.no_grad()
+    def finish(self, n_batches: int) -> str:
+        """Fits the codebooks to what the averaged encoder tells; says how much that is."""
+        found = [
+            (samples, *quantizer.to_code(self.ema, samples)) for samples in (self.draw() for _ in range(n_batches))
+        ]
+        said, sound = (torch.cat([f[i].flatten(0, 1) for f in found]) for i in (1, 2))
+        books, q = self.coding.books, recipe.N_CODEBOOKS - 1
+        first = quantizer.fit(said, 1, recipe.N_CODES, books[:1])
+        rest = quantizer.fit(sound, q, recipe.N_CODES, books[1:])
+        quantizer.install(self.ema, torch.cat((first, rest)))
+        samples, _, told = found[-1]
+        wanted_said, _, features = self.coding(samples)
+        whole = self.coding.latents.told(told, features)
+        coded = self.coding.latents.told(quantizer.coded(told, rest)[1], features)
+        missed = (quantizer.coded(found[-1][1], first)[1] - wanted_said).square().sum(-1).mean() / self.coding.power
+        kinds = ", ".join(f"{k} {whole[k]:.3f}, coded {coded[k]:.3f}" for k in WIDTHS)
+        return f"{kinds}; what is said, coded {1 - float(missed):.3f}"
+
+
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``step`` as a CUDA graph, after three runs of it; unchanged where ``device`` is no GPU."""
+    if device.type != "cuda":
+        return step
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def train(trainer: Trainer, out: Path, codec: Codec, log: Callable[[str], None]) -> None:
+    """Trains until the recipe's seconds are over; saves every minute and at the end."""
+    s, on_gpu = trainer.settings, trainer.device.type == "cuda"
+    step, n_steps, saved_s = trainer.captured(), 0, 0.0
+    begun, told = time.monotonic(), 0
+
+    def save() -> None:
+        log(trainer.finish(60 if on_gpu else 2))
+        whole = copy.deepcopy(codec)
+        whole.encoder.load_state_dict({k: v.cpu() for k, v in trainer.ema.state_dict().items()})
+        parts.write(out, "codec", parts.codec_state(whole), torch.float32)
+
+    while (elapsed := time.monotonic() - begun) < s.total_s:
+        warm = min(1.0, (elapsed + 0.1) / 4.0)
+        trainer.lr.fill_(s.lr * warm * (0.01 + 0.495 * (1.0 + math.cos(math.pi * elapsed / s.total_s))))
+        for _ in range(10 if on_gpu else 1):
+            step()
+            n_steps += 1
+        if on_gpu:
+            torch.cuda.synchronize()
+        if n_steps >= told + (500 if on_gpu else 1):
+            told = n_steps
+            missed, blurred = trainer.report.tolist()
+            log(f"{elapsed:.0f} s, step {n_steps}: said {1 - missed:.3f}, sound missed {blurred:.4f}")
+        if elapsed > saved_s + 60.0:
+            saved_s = elapsed
+            save()
+    save()
+    (out / "done").touch()
+    log(f"done: {n_steps} steps in {elapsed:.0f} s")
+
+
+def main() -> None:
+    """Measures, or trains and saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("measure", "train"))
+    parser.add_argument("--set", type=Path, action="append", required=True, help="a synthesized set")
+    parser.add_argument("--hours", type=float, default=12.0, help="of speech to learn from, all speakers alike")
+    parser.add_argument("--first", type=Path, required=True, help="a trained codec's safetensors file")
+    parser.add_argument("--latents", type=Path, help="what `measure` wrote")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--device")
+    parser.add_argument("--toy", action="store_true", help="a few steps at toy size, on a CPU")
+    args = parser.parse_args()
+    begun = time.monotonic()
+    device = torch.device(args.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(recipe.EncoderRecipe().seed)
+
+    def log(text: str) -> None:
+        print(f"encoder {time.monotonic() - begun:.0f} s | {text}", flush=True)
+
+    pool = Pool(from_sets(args.set, args.hours), device)
+    log(pool.described)
+    codec = first_codec(args.first)
+    settings = recipe.EncoderRecipe(total_s=args.seconds)
+    if args.toy:
+        settings = dataclasses.replace(settings, batch=3, n_frames=6)
+    coding = open_coding(codec, args.latents, device)
+    if args.what == "measure":
+        n = 4 if args.toy else 200
+        log(coding.measure(lambda: pool.draw(settings.batch, settings.n_frames, settings.changed), n))
+        parts.write(args.out, "coding", coding.state(), torch.float32)
+        return
+    trainer = Trainer(pool, coding, codec, settings)
+    train(trainer, args.out, codec, log)
+
+
+if __name__ == "__main__":
+    main()
