@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from training import shards, synthesize
+from training import synthesize
 
 VOICES = [f"{group}_{name}" for group in ("af", "am", "bf", "bm") for name in ("ada", "ben", "cleo", "dan")]
 
@@ -67,45 +67,34 @@ def test_any_prefix_of_turns_covers_the_names_evenly():
     assert max(counts) - min(counts) <= 1
 
 
+def test_every_round_has_speakers_of_its_own():
+    first, second = (synthesize.kokoro_speakers(VOICES, number) for number in (0, 1))
+    assert not first.keys() & second.keys()
+    assert len(second) == synthesize.MIXTURES
+    assert not any(s in list(first.values()) for s in second.values())
+
+
+def test_throats_move_apart_from_pitch():
+    speakers = [s for s in synthesize.kokoro_speakers(VOICES).values() if len(s["weights"]) > 1]
+    low, high = synthesize.FORMANTS
+    total = [s["formant"] * s["pitch"] for s in speakers]
+    assert low - 0.01 < min(total) < 0.9
+    assert 1.1 < max(total) < high + 0.01
+    assert sum(abs(x - 1) > 1e-3 for x in total) == pytest.approx(2 / 3 * len(total), abs=15)
+    assert abs(np.corrcoef(np.log([s["pitch"] for s in speakers]), np.log(total))[0, 1]) < 0.1
+    assert sum(s["bend"] != 0 for s in speakers) == pytest.approx(len(speakers) / 2, abs=15)
+    assert sum(any(s["colour"]) for s in speakers) == pytest.approx(len(speakers) / 2, abs=25)
+    assert max(abs(db) for s in speakers for db in s["colour"]) <= synthesize.COLOUR_MOST_DB
+
+
 def test_jobs_go_round_the_speakers_and_come_back_from_the_file(tmp_path):
     speakers = synthesize.kokoro_speakers(VOICES)
-    texts = [{"id": i, "text": "x" * (5 if i % 3 == 0 else 20)} for i in range(4 * len(speakers))]
-    jobs = synthesize.make_jobs(texts, speakers, lambda text, _: [1] * len(text), 2 * len(speakers), "kokoro")
+    n = len(speakers) + (synthesize.PLAIN_TURNS - 1) * len(VOICES)
+    texts = [{"id": i, "text": "x" * (5 if i % 3 == 0 else 20)} for i in range(3 * n)]
+    jobs = synthesize.make_jobs(texts, speakers, lambda text, _: [1] * len(text))
     assert all(job["text"] % 3 for job in jobs)
-    assert {job["speaker"] for job in jobs[: len(speakers)]} == set(speakers)
-    synthesize.write_jobs(tmp_path / "jobs.xz", "kokoro", speakers, jobs)
-    assert synthesize.read_jobs(tmp_path / "jobs.xz") == ("kokoro", speakers, jobs)
-
-
-def _tone(job):
-    return 0.3 * np.sin(2 * np.pi * 300 / synthesize.RATE_HZ * np.arange(8000 if job["text"] % 2 else 20000))
-
-
-def test_speaking_goes_on_after_a_kill_with_the_same_clips(tmp_path, monkeypatch):
-    jobs = [{"text": i, "speaker": "p00", "tokens": [1], "tempo": 1.0, "noise": 0.6} for i in range(8)]
-    synthesize.write_jobs(tmp_path / "jobs.xz", "piper", {"p00": {"pitch": 1.0}}, jobs)
-    monkeypatch.setattr(synthesize, "open_piper", lambda model, speakers: _tone)
-
-    def speak(out, n_workers):
-        known = frozenset(t for index in sorted(out.glob("part-*.jsonl")) for t in synthesize.spoken_texts(index))
-        for i in range(n_workers):
-            asked = synthesize.Work(i, n_workers, tmp_path / "jobs.xz", tmp_path, out, float("inf"), known)
-            synthesize.work(asked, [0] * (2 * n_workers))
-
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for out in (whole, broken):
-        out.mkdir()
-        speak(out, 2)
-    # The second part lost half a line and half a clip, and its last clip with them.
-    index, audio = broken / "part-001.jsonl", broken / "part-001.s16"
-    index.write_text(index.read_text()[:-20])
-    audio.write_bytes(audio.read_bytes()[:-5000])
-    (broken / "part-000.jsonl").write_text("")
-    speak(broken, 3)
-
-    def clips(out):
-        return {c.text: c.read().tobytes() for c in shards.spoken(out)}
-
-    assert clips(broken) == clips(whole)
-    assert len(clips(whole)) == 8
-    assert len(list(shards.spoken(broken))) == 8
+    names = [job["speaker"] for job in jobs[:n]]
+    assert set(names) == set(speakers)
+    assert {names.count(name) for name, s in speakers.items() if len(s["weights"]) == 1} == {synthesize.PLAIN_TURNS}
+    synthesize.write_jobs(tmp_path / "jobs.xz", speakers, jobs)
+    assert synthesize.read_jobs(tmp_path / "jobs.xz") == (speakers, jobs)

@@ -130,9 +130,6 @@ def test_codebooks_by_k_means_code_better_than_chance_and_export_fits_the_decode
     (_, read), (_, project) = quantizer.branches(codec)
     expected = read(quantizer.coded(said, first)[1].T[None]) + project(total.T[None])
     torch.testing.assert_close(codec.decoder.quantizer.decode(found), expected, rtol=1e-3, atol=1e-4)
-    # What is begun from known codebooks only gets better.
-    again = quantizer.fit(sound, 15, toy.N_CODES, rest)
-    assert (quantizer.coded(sound, again)[1] - sound).var() < 1.05 * (total - sound).var()
 
 
 def test_pictures_follow_the_sound() -> None:

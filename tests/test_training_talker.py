@@ -47,7 +47,7 @@ def test_once_settled_the_code_predictor_alone_learns(toy_tts: TTS) -> None:
     assert predictor <= early
     assert "talker.model.layers.0.mlp.up_proj.weight" in early
     assert any(name.startswith("speaker_encoder") for name in early)
-    late = changed(60.0)
+    late = changed(80.0)
     assert trainer.settled
     # Neither the talker's own weights nor the tables by which it hears the codes.
     assert late <= predictor

@@ -3,9 +3,9 @@
     python -m training.decoder --set SET --first CODEC --latents LATENTS --encoder ENCODER --out OUT --seconds 1200
 
 CODEC and LATENTS as in `training.encoder`; ENCODER is the folder to which that writes its codec parts. Until they are
-there the decoder learns what the codes are to tell, measured on the sound itself and coded with the first codebooks;
-from then on the encoder's own codes. At first it only draws: its first half, down to 50 Hz, learns to give back what
-the codes tell, which takes it far longer when it has to be learnt through sound. Writes OUT/codec parts every two
+there the decoder learns what the codes are to tell, measured on the sound itself, as the talker does; from then on half
+of its crops have the encoder's own codes. At first it only draws: its first half, down to 50 Hz, learns to give back
+what the codes tell, which takes it far longer when it has to be learnt through sound. Writes OUT/codec parts every two
 minutes and at the end, encoder and all. A train step is one CUDA graph; on a CPU it runs uncaptured (`--toy`).
 """
 
@@ -93,12 +93,11 @@ class Trainer:
     @torch.no_grad()
     def read(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """The vectors of codebook 0 and the sums of the others' [B, T, d] for ``samples`` [B, N]."""
-        if self.encoder is None:
-            said, sound, _ = self.coding(samples)
-            books = self.coding.books
-        else:
-            said, sound = quantizer.to_code(self.encoder, samples)
-            books = torch.stack([book.embedding for book in quantizer.codebooks(self.encoder)])
+        books, n = self.coding.books, len(samples) if self.encoder is None else len(samples) // 2
+        said, sound, _ = self.coding(samples[:n])
+        if self.encoder is not None:
+            theirs = quantizer.to_code(self.encoder, samples[n:])
+            said, sound = torch.cat((said, theirs[0])), torch.cat((sound, theirs[1]))
         return quantizer.coded(said, books[:1])[1], quantizer.coded(sound, books[1:])[1]
 
     def latents(self, samples: Tensor) -> Tensor:
@@ -211,7 +210,7 @@ class Trainer:
         self.report.lerp_(torch.where(now.isfinite(), now, self.report), 0.03)
 
     def follow(self, encoder: CodecEncoder) -> None:
-        """From now on the codes are those of ``encoder``."""
+        """From now on half of the codes are those of ``encoder``."""
         self.encoder = encoder.to(self.device).requires_grad_(False)
 
     def pace(self, elapsed_s: float) -> None:
@@ -233,10 +232,9 @@ class Trainer:
         """The codec with the averaged decoder, and with the encoder that it listens to."""
         codec = copy.deepcopy(self.first)
         codec.decoder.load_state_dict(self.ema.state_dict())
-        if self.encoder is None:
-            quantizer.install(codec.encoder, self.coding.books)
-        else:
+        if self.encoder is not None:
             codec.encoder.load_state_dict(self.encoder.state_dict())
+        quantizer.install(codec.encoder, self.coding.books)
         return codec
 
 
@@ -284,7 +282,7 @@ def train(trainer: Trainer, encoder: Path | None, save: Callable[[], None], log:
             codec.load_state_dict(parts.read(encoder, "codec"))
             trainer.follow(codec.encoder)
             again = True
-            log(f"{elapsed:.0f} s, step {n_steps}: from now on the encoder's codes")
+            log(f"{elapsed:.0f} s, step {n_steps}: from now on half of it in the encoder's codes")
         if again:
             del step
             sounding = elapsed > s.drawn_s

@@ -1,10 +1,10 @@
 """Encode synthesized sets: their samples to codes, and 14 s of every speaker to learn voices from.
 
-    python -m training.encode --codec PARTS --set SET --set SET --out OUT
+    python -m training.encode --first CODEC --latents LATENTS --set SET --set SET --out OUT
 
-PARTS are a folder with codec parts; OUT gets codes-N.safetensors, references.npy and speakers.json (see
-`training.shards`). Speakers are numbered in the order of their names. Clips of similar length are encoded together,
-filled up with silence: the encoder never looks ahead, so their codes are those of each clip alone.
+CODEC and LATENTS as in `training.encoder`: the codes are those that its encoder learns to find, measured on the sound
+itself. OUT gets codes-N.safetensors, references.npy and speakers.json (see `training.shards`). Speakers are numbered in
+the order of their names. Clips of similar length are encoded together, filled up with silence.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quaver.model.codec_encoder import Codec, CodecEncoder
-from training import parts, recipe, shards
+from training import quantizer, recipe, shards
+from training.encoder import Coding, first_codec, open_coding
 
 _BATCH_FRAMES = 4_000
 """Frames in a batch, silence included: 320 s take about 6 GiB."""
@@ -36,11 +36,12 @@ def batches(n_frames: list[int], limit: int = _BATCH_FRAMES) -> list[list[int]]:
     return found
 
 
+@torch.no_grad()
 def encode(
-    encoder: CodecEncoder, clips: list[np.ndarray], limit: int = _BATCH_FRAMES, log: Callable[[str], None] = print
+    coding: Coding, clips: list[np.ndarray], limit: int = _BATCH_FRAMES, log: Callable[[str], None] = print
 ) -> list[Tensor]:
     """The codes int16 [T, 16] of every clip, int16 samples in whole frames."""
-    device = next(encoder.parameters()).device
+    device = coding.books.device
     lengths = [len(clip) // recipe.SAMPLES_PER_FRAME for clip in clips]
     codes = [torch.zeros(0, recipe.N_CODEBOOKS, dtype=torch.int16)] * len(clips)
     begun, logged, n_done = time.monotonic(), 0.0, 0
@@ -50,8 +51,10 @@ def encode(
         samples = np.zeros((len(batch), longest * recipe.SAMPLES_PER_FRAME), np.int16)
         for row, i in zip(samples, batch, strict=True):
             row[: len(clips[i])] = clips[i]
-        found = encoder.encode(torch.from_numpy(samples).to(device).float() / 32768.0)
-        whole = found.transpose(1, 2).to(torch.int16).cpu()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            said, sound, _ = coding(torch.from_numpy(samples).to(device).float() / 32768.0)
+        first, rest = quantizer.coded(said, coding.books[:1])[0], quantizer.coded(sound, coding.books[1:])[0]
+        whole = torch.cat((first, rest)).permute(1, 2, 0).to(torch.int16).cpu()
         for row, i in zip(whole, batch, strict=True):
             codes[i] = row[: lengths[i]].clone()
             n_done += lengths[i]
@@ -73,15 +76,14 @@ def reference(clips: list[np.ndarray]) -> np.ndarray:
 def main() -> None:
     """Encodes and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--codec", type=Path, required=True)
-    parser.add_argument("--name", default="codec", help="another name of the codec's parts")
+    parser.add_argument("--first", type=Path, required=True, help="a trained codec's safetensors file")
+    parser.add_argument("--latents", type=Path, required=True, help="what `training.encoder measure` wrote")
     parser.add_argument("--set", type=Path, action="append", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", help="such as cuda:1")
     args = parser.parse_args()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    codec = Codec(recipe.codec_config())
-    codec.load_state_dict(parts.read(args.codec, args.name))
+    coding = open_coding(first_codec(args.first), args.latents, device)
     begun = time.monotonic()
     listed = [clip for folder in args.set for clip in shards.spoken(folder)]
     names = sorted({clip.speaker for clip in listed})
@@ -93,11 +95,9 @@ def main() -> None:
     for clip, one in zip(listed, samples, strict=True):
         said[clip.speaker].append(one)
     references = np.stack([reference(clips) for clips in said.values()])
-    # Ten bits would choose other codes than a CPU does, in one frame of many, and the last ones mostly: no harm here.
-    torch.backends.cudnn.allow_tf32 = True
     with ThreadPoolExecutor(1) as beside:
         written = beside.submit(shards.write_references, args.out, references, names)
-        codes = encode(codec.encoder.to(device), samples, log=lambda text: print(text, flush=True))
+        codes = encode(coding, samples, log=lambda text: print(text, flush=True))
         print(f"{time.monotonic() - begun:.0f} s: encoded", flush=True)
     encoded = shards.Encoded(
         torch.cat(codes),

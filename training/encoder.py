@@ -6,8 +6,8 @@
 CODEC is a speech_tokenizer/model.safetensors of the same shapes: the encoder to start from, whose codebook 0 was
 taught what is said (`training.phonetic`), and whose hearing is the target of codebook 0 ever after. `measure` finds the
 principal axes of how speech sounds (`training.latents`) and codebooks for both, from nothing but speech, so that the
-decoder can begin to learn them while the encoder does. `train` writes OUT/codec parts every minute and at the end: the
-encoder with codebooks fitted to what it tells, beside CODEC's decoder. Both take minutes on a GPU; `--toy` on a CPU.
+decoder and the talker can begin to learn them while the encoder does. `train` writes OUT/codec parts every minute and
+at the end: the encoder and these codebooks, beside CODEC's decoder. Both take minutes on a GPU; `--toy` on a CPU.
 """
 
 from __future__ import annotations
@@ -157,23 +157,24 @@ class Trainer:
         return captured(self.step, self.device)
 
     @torch.no_grad()
-    def finish(self, n_batches: int) -> str:
-        """Fits the codebooks to what the averaged encoder tells; says how much that is."""
-        found = [
-            (samples, *quantizer.to_code(self.ema, samples)) for samples in (self.draw() for _ in range(n_batches))
+    def told(self, n_batches: int) -> str:
+        """How much the averaged encoder tells of some plain crops, in words, and how often in the same codes."""
+        samples = torch.cat(
+            [self.pool.draw(self.settings.batch, self.settings.n_frames, 0.0) for _ in range(n_batches)]
+        )
+        books, latents = self.coding.books, self.coding.latents
+        wanted_said, wanted, features = self.coding(samples)
+        said, told = quantizer.to_code(self.ema, samples)
+        whole, coded = (latents.told(x, features) for x in (told, quantizer.coded(told, books[1:])[1]))
+        missed = (said - wanted_said).square().sum(-1).mean() / self.coding.power
+        same = [
+            float((a == b).float().mean())
+            for x, y, some in ((said, wanted_said, books[:1]), (told, wanted, books[1:3]))
+            for a, b in zip(quantizer.coded(x, some)[0], quantizer.coded(y, some)[0], strict=True)
         ]
-        said, sound = (torch.cat([f[i].flatten(0, 1) for f in found]) for i in (1, 2))
-        books, q = self.coding.books, recipe.N_CODEBOOKS - 1
-        first = quantizer.fit(said, 1, recipe.N_CODES, books[:1])
-        rest = quantizer.fit(sound, q, recipe.N_CODES, books[1:])
-        quantizer.install(self.ema, torch.cat((first, rest)))
-        samples, _, told = found[-1]
-        wanted_said, _, features = self.coding(samples)
-        whole = self.coding.latents.told(told, features)
-        coded = self.coding.latents.told(quantizer.coded(told, rest)[1], features)
-        missed = (quantizer.coded(found[-1][1], first)[1] - wanted_said).square().sum(-1).mean() / self.coding.power
         kinds = ", ".join(f"{k} {whole[k]:.3f}, coded {coded[k]:.3f}" for k in WIDTHS)
-        return f"{kinds}; what is said, coded {1 - float(missed):.3f}"
+        agreed = ", ".join(f"{x:.2f}" for x in same)
+        return f"{kinds}; what is said {1 - float(missed):.3f}; codebooks 0, 1 and 2 as measured: {agreed}"
 
 
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -199,9 +200,10 @@ def train(trainer: Trainer, out: Path, codec: Codec, log: Callable[[str], None])
     begun, told = time.monotonic(), 0
 
     def save() -> None:
-        log(trainer.finish(60 if on_gpu else 2))
+        log(trainer.told(8 if on_gpu else 1))
         whole = copy.deepcopy(codec)
         whole.encoder.load_state_dict({k: v.cpu() for k, v in trainer.ema.state_dict().items()})
+        quantizer.install(whole.encoder, trainer.coding.books.cpu())
         parts.write(out, "codec", parts.codec_state(whole), torch.float32)
 
     while (elapsed := time.monotonic() - begun) < s.total_s:

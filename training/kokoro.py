@@ -26,6 +26,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -530,11 +531,10 @@ def unpack(file: Path) -> dict[str, Tensor]:
 
 def load(files: list[Path]) -> Kokoro:
     """The model with the weights of a .safetensors file, or of all files of :func:`pack`."""
-    found: dict[str, Tensor] = {}
-    for file in files:
-        found.update(load_file(file) if file.suffix == ".safetensors" else unpack(file))
+    with ThreadPoolExecutor(len(files)) as side_by_side:
+        parts = side_by_side.map(lambda f: load_file(f) if f.suffix == ".safetensors" else unpack(f), files)
     model = Kokoro()
-    model.load_state_dict(found)
+    model.load_state_dict({name: value for part in parts for name, value in part.items()})
     return model
 
 
@@ -777,9 +777,7 @@ def speak_share(
     started = told = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     number, n_shares = share
-    engine, speakers, jobs = synthesize.read_jobs(jobs_file)
-    if engine != "kokoro":
-        raise ValueError(f"{jobs_file}: jobs for {engine}")
+    speakers, jobs = synthesize.read_jobs(jobs_file)
     stem = out / f"part-{number:03d}"
     known = spoken(out, stem)
     jobs = [job for job in jobs[number::n_shares] if job["text"] not in known]

@@ -39,6 +39,7 @@ class Features(nn.Module):
     window: Tensor
     filters: Tensor
     taper: Tensor
+    smoothing: Tensor
     tapered: Tensor
     """The autocorrelation of ``taper``, by which that of a piece of sound is divided."""
 
@@ -49,6 +50,8 @@ class Features(nn.Module):
         taper = torch.hann_window(_HEARD)
         self.register_buffer("taper", taper, persistent=False)
         self.register_buffer("tapered", _autocorrelation(taper) / taper.square().sum(), persistent=False)
+        smoothing = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0])[None, None] / 9.0
+        self.register_buffer("smoothing", smoothing, persistent=False)
         self.lags = round(data.RATE_HZ / _HIGHEST_HZ), round(data.RATE_HZ / _LOWEST_HZ)
 
     def pictures(self, samples: Tensor) -> Tensor:
@@ -67,10 +70,11 @@ class Features(nn.Module):
         power = pieces.square().sum(-1, keepdim=True)
         like = _autocorrelation(pieces) / (power + 1e-5) / self.tapered.clamp(min=0.05)
         # A pitch goes on: over five columns the lag of a period comes again, that of two halves of it seldom.
-        weight = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0], device=like.device)[None, None, :] / 9.0
         low, high = self.lags
         b, c, _ = like.shape
-        smooth = F.conv1d(like[..., low - 1 : high + 2].transpose(1, 2).flatten(0, 1)[:, None], weight, padding=2)
+        smooth = F.conv1d(
+            like[..., low - 1 : high + 2].transpose(1, 2).flatten(0, 1)[:, None], self.smoothing, padding=2
+        )
         smooth = smooth.view(b, -1, c).transpose(1, 2)
         lag = torch.arange(low - 1, high + 2, device=like.device)
         liked = smooth - 0.03 * (lag / low).log2()

@@ -74,19 +74,19 @@ def coded(x: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fit(x: Tensor, n_books: int, n_codes: int, start: Tensor | None = None) -> Tensor:
-    """Residual codebooks [Q, K, d] for the vectors ``x`` [M, d] by k-means, from ``start`` or at random."""
-    books = []
-    for number in range(n_books):
-        books.append(kmeans(x, n_codes, start=None if start is None else start[number]))
+def fit(x: Tensor, n_books: int, n_codes: int) -> Tensor:
+    """Residual codebooks [Q, K, d] for the vectors ``x`` [M, d] by k-means."""
+    books = list[Tensor]()
+    for _ in range(n_books):
+        books.append(kmeans(x, n_codes))
         x = x - F.embedding(nearest(x, books[-1]), books[-1])
     return torch.stack(books)
 
 
-def kmeans(vectors: Tensor, n_means: int, n_rounds: int = _ROUNDS, start: Tensor | None = None) -> Tensor:
+def kmeans(vectors: Tensor, n_means: int, n_rounds: int = _ROUNDS) -> Tensor:
     """``n_means`` centres [K, d] of ``vectors`` [M, d], Lloyd's rounds; an empty centre takes a random vector."""
     chosen = torch.randperm(len(vectors), device=vectors.device)[torch.arange(n_means) % len(vectors)]
-    means = vectors[chosen].clone() if start is None else start.clone()
+    means = vectors[chosen].clone()
     for _ in range(n_rounds):
         found = nearest(vectors, means)
         counts = torch.zeros(n_means, device=vectors.device).scatter_add_(0, found, torch.ones_like(found).float())

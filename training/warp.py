@@ -134,7 +134,7 @@ def warped(samples: Tensor, formant: Tensor, bend: Tensor, colour: Tensor) -> Te
 
 
 def finished(samples: Tensor, lengths: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]:
-    """int16 [B, M] and the whole frames [B] of each row: trimmed, levelled clips, as `synthesize.finish` makes them.
+    """int16 [B, M] and the whole frames [B] of each row: trimmed, levelled clips.
 
     Speech is looked for in the first ``lengths`` [B] samples of ``samples`` [B, N]; ``lead`` [B] samples stay before
     it, 160 to 240 ms behind. A row that is silent or not finite has no frames.
