@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.1, help="of the predicted codes")
     parser.add_argument("-n", type=int, default=20, help="clips, half of them in voices never trained on")
     parser.add_argument("--codec-only", action="store_true", help="leave the other codebooks out")
-    parser.add_argument("--judges", type=Path, help="a folder with the judges' weights")
+    parser.add_argument("--judges", type=Path, default=os.environ.get("QUAVER_JUDGES"), help="default: QUAVER_JUDGES")
     parser.add_argument("--json", type=Path, help="where the figures go")
     asked = parser.parse_args()
     tts, judges, progress = TTS.load(asked.model), Judges.open(asked.judges), Progress()

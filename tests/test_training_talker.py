@@ -52,4 +52,4 @@ def test_once_settled_the_code_predictor_alone_learns(toy_tts: TTS) -> None:
     # Neither the talker's own weights nor the tables by which it hears the codes.
     assert late <= predictor
     assert "talker.code_predictor.model.layers.0.mlp.up_proj.weight" in late
-    assert trainer.n_failed == 0
+    assert trainer.odd == 0

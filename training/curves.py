@@ -2,8 +2,8 @@
 
     python -m training.curves docs/voice
 
-reads talker.jsonl (OUT/curve.jsonl of `training.talker`), codec.log and polish.log (what `training.codec` printed) and
-writes one SVG each.
+reads what there is of talker.jsonl (OUT/curve.jsonl of `training.talker`), encoder.log and decoder.log (what these
+printed), and codec.log and polish.log of earlier runs, and writes one SVG each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ _STYLE = (
     + "".join(f".s{i}{{stroke:{c}}}.f{i}{{fill:{c}}}" for i, c in enumerate(_COLOURS))
     + "</style>"
 )
-_LINE = re.compile(r"^(\d+) s, step (\d+): (.*?), bits")
+_LINE = re.compile(r"^(?:\w+ \d+ s \| )?(\d+) s, step (\d+): (\w.*? \d\.\d+)(?:, bits.*|, \d+ not finite)?$")
+
+
+LOGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "codec": ("Codec", ("mel", "r2", "r2-coded")),
+    "polish": ("Decoder alone", ("mel",)),
+    "encoder": ("Encoder: missed of how it sounds", ("missed",)),
+    "decoder": ("Decoder", ("mel", "low", "sketch", "heard")),
+}
 
 
 def picture(plot: Plot) -> str:
@@ -37,8 +45,9 @@ def picture(plot: Plot) -> str:
 
 
 def codec_plot(log: str, title: str, fields: tuple[str, ...]) -> Plot:
-    """The ``fields`` of the lines that `training.codec` printed."""
-    found = [(m[2], m[3].split()) for m in map(_LINE.match, log.splitlines()) if m]
+    """The ``fields`` of the lines that a run printed, from where the first of them is not 0."""
+    found = [(m[2], m[3].replace(",", "").split()) for m in map(_LINE.match, log.splitlines()) if m]
+    found = [(step, words) for step, words in found if float(words[words.index(fields[0]) + 1])]
     series = tuple(Series(f, tuple(float(words[words.index(f) + 1]) for _, words in found)) for f in fields if found)
     return Plot("line", title, series, "step", "", tuple(step for step, _ in found))
 
@@ -55,13 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
-    rows = [json.loads(line) for line in (folder / "talker.jsonl").read_text("utf-8").splitlines()]
-    held = {"stream true": "codebook 0", "stream deaf": "no true history", "stream true rest": "codebooks 1 to 15"}
     plots = {
-        "codec": codec_plot((folder / "codec.log").read_text("utf-8"), "Codec", ("mel", "r2", "r2-coded")),
-        "polish": codec_plot((folder / "polish.log").read_text("utf-8"), "Decoder alone", ("mel",)),
-        "talker": talker_plot(rows, "Talker, held-out sentences", held, "held out"),
+        name: codec_plot((folder / f"{name}.log").read_text("utf-8"), title, fields)
+        for name, (title, fields) in LOGS.items()
+        if (folder / f"{name}.log").exists()
     }
+    if (folder / "talker.jsonl").exists():
+        rows = [json.loads(line) for line in (folder / "talker.jsonl").read_text("utf-8").splitlines()]
+        held = {"stream true": "codebook 0", "stream deaf": "no true history", "stream true rest": "codebooks 1 to 15"}
+        plots["talker"] = talker_plot(rows, "Talker, held-out sentences", held, "held out")
     for name, plot in plots.items():
         (folder / f"{name}.svg").write_text(picture(plot), "utf-8")
 

@@ -1,12 +1,16 @@
-"""Train the codec's decoder: codes to samples, on one GPU.
+"""Train the codec's decoder: codes to samples, on one GPU or, with torchrun, several.
 
     python -m training.decoder --set SET --first CODEC --latents LATENTS --encoder ENCODER --out OUT --seconds 1200
 
 CODEC and LATENTS as in `training.encoder`; ENCODER is the folder to which that writes its codec parts. Until they are
 there the decoder learns what the codes are to tell, measured on the sound itself, as the talker does; from then on half
-of its crops have the encoder's own codes. At first it only draws: its first half, down to 50 Hz, learns to give back
-what the codes tell, which takes it far longer when it has to be learnt through sound. Writes OUT/codec parts every two
-minutes and at the end, encoder and all. A train step is one CUDA graph; on a CPU it runs uncaptured (`--toy`).
+of its crops have the encoder's own codes.
+
+At first it only draws: its first half, down to 50 Hz, learns to give back what the codes tell, as a linear map of its
+output. Learnt through sound that takes far longer.
+
+Writes OUT/codec parts every two minutes and at the end, encoder and all; `--resume` goes on with them. A train step is
+two CUDA graphs; on a CPU it runs uncaptured (`--toy`).
 """
 
 from __future__ import annotations
@@ -29,11 +33,12 @@ from training.encoder import Coding, captured, first_codec, open_coding
 from training.latents import WIDTH, by_column
 from training.losses import Discriminators, MelDistance
 from training.pool import Pool, from_sets
+from training.ranks import Ranks
 
-_REPORTED = ("mel", "low", "own", "adv", "match", "sketch", "heard")
+_REPORTED = ("mel", "low", "own", "adv", "match", "sketch", "heard", "unlike")
 _ODD_STEPS = 100
 """So many steps and one in ten may give gradients that are not finite; more end the run."""
-_LOW_HZ = 1000.0
+_LOW_HZ = 500.0
 _BRIGHT = 0.5
 
 
@@ -48,12 +53,20 @@ def excerpts(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
 class Trainer:
     """The decoder, its discriminators and its train steps."""
 
-    def __init__(self, pool: Pool, coding: Coding, codec: Codec, settings: recipe.DecoderRecipe) -> None:
-        self.pool, self.coding, self.settings = pool, coding, settings
+    def __init__(
+        self,
+        pool: Pool,
+        coding: Coding,
+        codec: Codec,
+        settings: recipe.DecoderRecipe,
+        begun: dict[str, Tensor] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """``begun``: the state of a codec whose decoder reads these codes already, to go on with."""
+        self.pool, self.coding, self.settings, self.ranks = pool, coding, settings, ranks
         self.device = device = coding.books.device
         torch.manual_seed(settings.seed)
         self.first = copy.deepcopy(codec).to(device).requires_grad_(False)
-        """The codec begun from: for a while its decoder's first half is what ours is to draw like, too."""
         self.encoder: CodecEncoder | None = None
         self.decoder = copy.deepcopy(codec.decoder).to(device)
         self.sounded = sounded
@@ -71,7 +84,12 @@ class Trainer:
         self.early = [p for n, p in own.items() if not n.startswith("decoder.")] + [*self.sketch.parameters()]
         self.late = [p for n, p in own.items() if n.startswith("decoder.")]
         self.theirs = list(self.discriminators.parameters())
-        self.aim()
+        if begun:
+            self.decoder.load_state_dict({k[8:]: v for k, v in begun.items() if k.startswith("decoder.")})
+        else:
+            self.aim()
+        self.before = copy.deepcopy(self.decoder).requires_grad_(False)
+        """What the second half can read, until it has heard more."""
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False)
         self.followed = list(self.ema.parameters()), list[Tensor](self.decoder.parameters())
         for parameter in (*self.early, *self.late, *self.theirs):
@@ -102,12 +120,7 @@ class Trainer:
 
     def latents(self, samples: Tensor) -> Tensor:
         """The latents [B, codebook_dim, T] that the decoder reads."""
-        first, rest = self.read(samples)
-        read = self.decoder.quantizer
-        out: Tensor = read.rvq_first.output_proj(first.transpose(1, 2)) + read.rvq_rest.output_proj(
-            rest.transpose(1, 2)
-        )
-        return out
+        return projected(self.decoder, *self.read(samples))
 
     @torch.no_grad()
     def aim(self) -> None:
@@ -139,17 +152,16 @@ class Trainer:
     def draw_step(self) -> None:
         """One step of the first half alone."""
         samples = self.pool.draw(self.settings.drawn_batch, self.settings.n_frames, self.settings.changed)
-        features = self.features(samples)
+        features, vectors = self.features(samples), self.read(samples)
         with self.autocast():
             with torch.no_grad():
-                latents = self.first.decoder.quantizer.decode(self.first.encoder.encode(samples))
-                before = halfway(self.first.decoder, latents)
-            middle = halfway(self.decoder, self.latents(samples))
+                before = halfway(self.before, projected(self.before, *vectors))
+            middle = halfway(self.decoder, projected(self.decoder, *vectors))
             sketch = self.drawn(middle, features)
             unlike = (middle - before).float().square().mean() / before.float().var()
-        gradients = torch.autograd.grad(sketch + 0.5 * unlike, self.early)
-        self._apply(((self.early, gradients, self.optimizers[0]),))
-        self._tell(sketch=sketch, heard=unlike)
+        gradients = torch.autograd.grad(sketch + 0.2 * unlike, self.early)
+        self._keep(self.early, gradients)
+        self._tell(sketch=sketch, unlike=unlike)
 
     def features(self, samples: Tensor) -> Tensor:
         """The features [B, T, F] of ``samples``."""
@@ -173,14 +185,7 @@ class Trainer:
         loss = loss + self.ramp * (s.adversarial_weight * adversarial + s.matching_weight * matching)
         gradients = torch.autograd.grad(loss, [*self.early, *self.late], retain_graph=True)
         theirs = torch.autograd.grad(own, self.theirs)
-        n = len(self.early)
-        self._apply(
-            (
-                (self.early, gradients[:n], self.optimizers[0]),
-                (self.late, gradients[n:], self.optimizers[1]),
-                (self.theirs, theirs, self.optimizers[2]),
-            )
-        )
+        self._keep([*self.early, *self.late, *self.theirs], (*gradients, *theirs))
         self._tell(mel=mel, low=low, own=own, adv=adversarial, match=matching, sketch=sketch, heard=heard)
 
     def reheard(self, real: Tensor, made: Tensor) -> Tensor:
@@ -192,10 +197,15 @@ class Trainer:
         return missed
 
     @torch.no_grad()
-    def _apply(self, groups: tuple[tuple[list[nn.Parameter], tuple[Tensor, ...], torch.optim.Optimizer], ...]) -> None:
-        for parameters, gradients, optimizer in groups:
+    def _keep(self, parameters: list[nn.Parameter], gradients: tuple[Tensor, ...]) -> None:
+        torch._foreach_copy_([p.grad for p in parameters if p.grad is not None], list(gradients))
+
+    @torch.no_grad()
+    def update(self, n_groups: int) -> None:
+        """Takes one step of the first ``n_groups`` optimizers; gradients that are not finite count as none."""
+        groups = (self.early, self.late, self.theirs)[:n_groups]
+        for parameters, optimizer in zip(groups, self.optimizers, strict=False):
             grads = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_copy_(grads, list(gradients))
             norm = torch.stack(torch._foreach_norm(grads)).norm()
             self.odd += (~norm.isfinite()).float()
             for gradient in grads:
@@ -203,6 +213,22 @@ class Trainer:
             torch._foreach_mul_(grads, (5.0 / norm.nan_to_num(1.0, 1.0).clamp(min=1e-6)).clamp(max=1.0))
             optimizer.step()
         torch._foreach_lerp_(list[Tensor](self.followed[0]), self.followed[1], 1.0 - self.settings.ema_decay)
+
+    def captured(self, sounding: bool) -> Callable[[], None]:
+        """A train step: two CUDA graphs, and the mean of all processes' gradients between them."""
+        n_groups = 3 if sounding else 1
+        used = (self.early, self.late, self.theirs)[:n_groups]
+        grads = [p.grad for parameters in used for p in parameters if p.grad is not None]
+        differentiate = captured(self.step if sounding else self.draw_step, self.device)
+        update = captured(lambda: self.update(n_groups), self.device)
+
+        def step() -> None:
+            differentiate()
+            if self.ranks:
+                self.ranks.mean(grads)
+            update()
+
+        return step
 
     @torch.no_grad()
     def _tell(self, **values: Tensor) -> None:
@@ -238,6 +264,14 @@ class Trainer:
         return codec
 
 
+def projected(decoder: CodecDecoder, first: Tensor, rest: Tensor) -> Tensor:
+    """The latents [B, codebook_dim, T] that ``decoder`` makes of the vectors of its two quantizers [B, T, d]."""
+    read = decoder.quantizer
+    said, sound = read.rvq_first.output_proj(first.transpose(1, 2)), read.rvq_rest.output_proj(rest.transpose(1, 2))
+    out: Tensor = said + sound
+    return out
+
+
 def halfway(decoder: CodecDecoder, latents: Tensor) -> Tensor:
     """What the first half of ``decoder`` makes of ``latents`` [B, codebook_dim, T]: [B, latent, 4 T]."""
     x: Tensor = decoder.pre_conv(latents)
@@ -246,7 +280,8 @@ def halfway(decoder: CodecDecoder, latents: Tensor) -> Tensor:
         assert isinstance(stage, nn.ModuleList)
         for module in stage:
             x = module(x)
-    return x
+    out: Tensor = x
+    return out
 
 
 def sounded(decoder: CodecDecoder, middle: Tensor) -> Tensor:
@@ -267,16 +302,18 @@ def apart_below(real: Tensor, made: Tensor, hz: float) -> Tensor:
     return found
 
 
-def train(trainer: Trainer, encoder: Path | None, save: Callable[[], None], log: Callable[[str], None]) -> None:
+def train(
+    trainer: Trainer, ranks: Ranks, encoder: Path | None, save: Callable[[], None], log: Callable[[str], None]
+) -> None:
     """Draws, then sounds, until the recipe's seconds are over; listens to ``encoder`` as soon as its parts are whole.
 
     Raises FloatingPointError when too many steps were not finite.
     """
     s, on_gpu = trainer.settings, trainer.device.type == "cuda"
-    step, sounding = captured(trainer.draw_step, trainer.device), False
-    begun, n_steps, told, saved_s = time.monotonic(), 0, 0, 0.0
-    while (elapsed := time.monotonic() - begun) < s.total_s:
-        again = not sounding and elapsed > s.drawn_s
+    step: Callable[[], None] | None = None
+    sounding, n_steps, told, saved_s, elapsed = False, 0, 0, 0.0, 0.0
+    while elapsed < s.total_s:
+        again = step is None or sounding != (elapsed >= s.drawn_s)
         if encoder and trainer.encoder is None and (encoder / "done").exists():
             codec = Codec(recipe.codec_config())
             codec.load_state_dict(parts.read(encoder, "codec"))
@@ -284,15 +321,17 @@ def train(trainer: Trainer, encoder: Path | None, save: Callable[[], None], log:
             again = True
             log(f"{elapsed:.0f} s, step {n_steps}: from now on half of it in the encoder's codes")
         if again:
-            del step
-            sounding = elapsed > s.drawn_s
-            step = captured(trainer.step if sounding else trainer.draw_step, trainer.device)
+            sounding, first = elapsed >= s.drawn_s, step is None
+            step = None
+            step = trainer.captured(sounding)
+            if first:
+                ranks.start()
         trainer.pace(elapsed)
         for _ in range(10 if on_gpu else 1):
+            assert step is not None
             step()
             n_steps += 1
-        if on_gpu:
-            torch.cuda.synchronize()
+        elapsed = ranks.elapsed_s()
         if n_steps >= told + (500 if on_gpu else 1):
             told, odd = n_steps, int(trainer.odd)
             values = " ".join(f"{n} {v:.3f}" for n, v in zip(_REPORTED, trainer.report.tolist(), strict=True))
@@ -314,6 +353,7 @@ def main() -> None:
     parser.add_argument("--first", type=Path, required=True, help="a trained codec's safetensors file")
     parser.add_argument("--latents", type=Path, required=True, help="what `training.encoder measure` wrote")
     parser.add_argument("--encoder", type=Path, help="where `training.encoder train` writes")
+    parser.add_argument("--resume", type=Path, help="codec parts that an earlier run wrote, to go on with")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1200.0)
     parser.add_argument("--drawn", type=float, help="for how many seconds the decoder only draws")
@@ -321,13 +361,14 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a few steps at toy size, on a CPU")
     args = parser.parse_args()
     begun = time.monotonic()
-    device = torch.device(args.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    ranks = Ranks(args.device)
+    device = ranks.device
 
     def log(text: str) -> None:
-        print(f"decoder {time.monotonic() - begun:.0f} s | {text}", flush=True)
+        if ranks.rank == 0:
+            print(f"decoder {time.monotonic() - begun:.0f} s | {text}", flush=True)
 
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     settings = recipe.DecoderRecipe(total_s=args.seconds)
@@ -338,20 +379,24 @@ def main() -> None:
     pool = Pool(from_sets(args.set, args.hours), device)
     log(pool.described)
     codec = first_codec(args.first)
-    trainer = Trainer(pool, open_coding(codec, args.latents, device), codec, settings)
+    begun_with = parts.read(args.resume, "codec") if args.resume else None
+    trainer = Trainer(pool, open_coding(codec, args.latents, device), codec, settings, begun_with, ranks)
     if device.type == "cuda":
         from training import snake
 
         differs = snake.check(trainer.decoder, sounded)
         log(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; its fast half differs by {differs:.1e}")
-        torch.cuda.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed + ranks.rank)
 
     def save() -> None:
+        if ranks.rank:
+            return
         parts.write(args.out, "codec", parts.codec_state(trainer.whole().cpu()), torch.float32)
         log("saved")
 
-    train(trainer, args.encoder, save, log)
+    train(trainer, ranks, args.encoder, save, log)
     save()
+    ranks.end()
 
 
 if __name__ == "__main__":

@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=12.0, help="of speech to learn from, all speakers alike")
     parser.add_argument("--first", type=Path, required=True, help="a trained codec's safetensors file")
     parser.add_argument("--latents", type=Path, help="what `measure` wrote")
+    parser.add_argument("--resume", type=Path, help="codec parts whose encoder goes on")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--device")
@@ -261,6 +262,8 @@ def main() -> None:
         log(coding.measure(lambda: pool.draw(settings.batch, settings.n_frames, settings.changed), n))
         parts.write(args.out, "coding", coding.state(), torch.float32)
         return
+    if args.resume:
+        codec.load_state_dict(parts.read(args.resume, "codec"))
     trainer = Trainer(pool, coding, codec, settings)
     train(trainer, args.out, codec, log)
 

@@ -1,6 +1,6 @@
 """Put the trained parts together as a checkpoint in the official layout.
 
-python -m training.export --codec PARTS/codec-polished --talker PARTS/talker --tokenizer FOLDER --out TINY
+python -m training.export --codec DECODER/codec --talker TALKER/talker --tokenizer FOLDER --out TINY
 """
 
 from __future__ import annotations

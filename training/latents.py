@@ -1,9 +1,10 @@
-"""How a frame sounds, as the codec's acoustic codebooks are to tell it: its picture, its pitch, and its phase.
+"""How a frame sounds, as the codec's acoustic codebooks are to tell it: its picture, its pitch, and its hum.
 
 The picture is the log-mel spectrogram of its 80 ms; a few dozen principal components of it, in fifteen codebooks, keep
 a voice and what it says nearly whole (docs/VOICE.md). But it does not tell the phase of a voice, and from what does not
-tell it no convolution can make a steady tone that goes on. So the pitch, and the phase of the fundamental at eight
-moments of the frame, are told as well. The acoustic latent has the principal components of all that.
+tell it no convolution can make a steady tone that goes on. So the pitch is told as well, and the hum: the fundamental
+as a wave of even loudness, which a decoder reads as it is (from phases at a few moments it did not learn to make one).
+The acoustic latent has the principal components of all that.
 
 Shapes: B batch, N = 1920 T samples, T frames, C = 8 T columns, F features, D latent dimensions.
 """
@@ -27,14 +28,16 @@ _HEARD = 960
 """Samples around a moment from which pitch and phase are told."""
 _HIGHEST_HZ, _LOWEST_HZ, _MIDDLE_HZ = 420.0, 62.0, 160.0
 _N_LAGS = 2048
-WIDTHS = {"picture": COLUMNS * _MELS, "pitch": 2 * COLUMNS, "phase": 2 * COLUMNS}
-SHARES = {"picture": 1.0, "pitch": 0.15, "phase": 0.06}
+_HUM = 10
+"""Samples of the hum in a column: one for every millisecond."""
+WIDTHS = {"picture": COLUMNS * _MELS, "pitch": 2 * COLUMNS, "hum": _HUM * COLUMNS}
+SHARES = {"picture": 1.0, "pitch": 0.1, "hum": 0.15}
 """How much of the power of the features each kind has."""
 WIDTH = sum(WIDTHS.values())
 
 
 class Features(nn.Module):
-    """What can be told of frames, column by column: a picture, pitch and phase, as they are measured."""
+    """What can be told of frames, column by column: a picture, pitch and hum, as they are measured."""
 
     window: Tensor
     filters: Tensor
@@ -62,9 +65,9 @@ class Features(nn.Module):
         return (self.filters @ (power + 1e-9).sqrt() + 1e-4).log().transpose(1, 2)
 
     def voice(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Pitch [B, C, 2] (how voiced, and the logarithm of the pitch as far as it is) and phase [B, C, 2] (cosine and
-        sine of the fundamental's, as far as it is voiced and strong) of ``samples`` [B, N]."""
-        around = F.pad(samples.float(), (_HEARD // 2, _HEARD // 2 - _HOP))
+        """Pitch [B, C, 2] (how voiced, and the logarithm of the pitch as far as it is) and hum [B, C, 10] (the
+        fundamental, as loud as it is voiced and strong) of ``samples`` [B, N]."""
+        around = F.pad(samples.float(), (_HEARD // 2, _HEARD // 2))
         pieces = around.unfold(1, _HEARD, _HOP)
         pieces = (pieces - pieces.mean(-1, keepdim=True)) * self.taper
         power = pieces.square().sum(-1, keepdim=True)
@@ -88,7 +91,13 @@ class Features(nn.Module):
         angle = (2.0 * math.pi / data.RATE_HZ) * hz * (torch.arange(_HEARD, device=like.device) - _HEARD // 2)
         turning = torch.cat(((pieces * angle.cos()).sum(-1, True), -(pieces * angle.sin()).sum(-1, True)), -1)
         size = turning.square().sum(-1, keepdim=True).sqrt()
-        return pitch, voiced * turning / (size + 2.0 * power.sqrt() + 1e-4)
+        turning = voiced * turning / (size + 2.0 * power.sqrt() + 1e-4)
+        # From every column on to the next and from that back, one fading into the other.
+        share = torch.arange(_HUM, device=like.device) / _HUM
+        turn = 2.0 * math.pi * _HOP / data.RATE_HZ * hz * share
+        back = 2.0 * math.pi * _HOP / data.RATE_HZ * hz * (share - 1.0)
+        on, before = (turning[..., :1] * a.cos() - turning[..., 1:] * a.sin() for a in (turn, back))
+        return pitch[:, :-1], on[:, :-1] * (1.0 - share) + before[:, 1:] * share
 
     def forward(self, samples: Tensor) -> Tensor:
         """All of ``samples`` [B, N] as [B, T, F]: the kinds one after the other, in each column after column."""

@@ -129,15 +129,15 @@ class DecoderRecipe:
     adversarial_ramp_s: float = 20.0
     total_s: float = 1200.0
     mel_weight: float = 15.0
-    low_weight: float = 2.0
-    """The weight of the complex spectrum below 1 kHz, where the codes tell the phase."""
+    low_weight: float = 6.0
+    """The weight of the complex spectrum below 500 Hz, where the codes tell the phase."""
     adversarial_weight: float = 2.0
     matching_weight: float = 6.0
     sketch_weight: float = 4.0
     """The weight of what the middle of the decoder misses of what the codes tell."""
     heard_weight: float = 10.0
     """The weight of what is said in a recording and not heard in its copy, as a share of its power."""
-    ema_decay: float = 0.9995
+    ema_decay: float = 0.999
     seed: int = 1729
 
 
@@ -244,7 +244,7 @@ class TalkerRecipe:
     """The most examples in a step."""
     n_frames: int = 8192
     """How many frames the code predictor sees in a step."""
-    settled: float = 0.65
+    settled: float = 0.75
     """The share of the time after which talker and speaker encoder stay as they are: text is read long before the code
     predictor fits (docs/VOICE.md)."""
     n_frames_settled: int = 16_384
@@ -255,6 +255,8 @@ class TalkerRecipe:
     dropout: float = 0.1
     """Of what each block of the talker adds to the stream."""
     total_s: float = 780.0
+    elapsed_s: float = 0.0
+    """How much of that an earlier run took that is gone on with."""
     ema_decay: float = 0.999
     weight_noise: float = 0.06
     """Noise on the linears, in their standard deviations: somewhat less than INT4 rounding adds."""

@@ -45,6 +45,7 @@ from quaver.text import Tokenizer
 from quaver.voice import Voice
 from training import parts, quantizer, recipe, shards, stack
 from training.plans import Plan, Planner, Speech, length
+from training.ranks import Ranks
 from training.tokenizer import spelled
 
 HELD_OUT_EVERY, HELD_OUT = 50, 7
@@ -218,9 +219,16 @@ class Trainer:
     """The model and one train step."""
 
     def __init__(
-        self, model: Model, examples: Examples, codec: Codec, tokenizer: Tokenizer, config: ModelConfig
+        self,
+        model: Model,
+        examples: Examples,
+        codec: Codec,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.examples, self.settings = model, examples, examples.settings
+        self.ranks = ranks or Ranks(str(examples.device))
         self.device = device = examples.device
         self.planner = Planner(config, tokenizer, examples.tokens)
         hidden, n_books = config.talker_config.hidden_size, recipe.N_CODEBOOKS
@@ -258,10 +266,10 @@ class Trainer:
         self.noise, self.guidance, self.harshness, self.learning = 0.0, 0.0, 1.0, True
         self.settled = False
         """Whether talker and speaker encoder have learnt enough, and the code predictor alone goes on."""
-        self.n_steps = self.n_failed = self.n_failed_in_a_row = 0
+        self.n_steps = 0
+        self.odd = torch.zeros((), device=device)
+        """How many steps had a loss or gradients that are not finite."""
         self.autocast: AbstractContextManager[Any] = nullcontext()
-        self.seen: dict[str, Tensor] | None = None
-        """Where intermediate values are kept, by name, while a step that failed is run again."""
 
     def acoustic(self, codes: Tensor) -> Tensor:
         """The acoustic latents [N, d] that codebooks 1 and on of ``codes`` int64 [N, Q] add up to."""
@@ -273,9 +281,9 @@ class Trainer:
         assert encoder is not None
         n_samples = speaker_encoder.SAMPLE_RATE_HZ * int(self.examples.rng.integers(4, 9)) // 2
         n_samples = min(n_samples, self.examples.references.shape[1] // 2)
-        samples = self.keep("samples", self.examples.changed(speaker, n_samples))
+        samples = self.examples.changed(speaker, n_samples)
         with torch.autocast(self.device.type, enabled=False):
-            found: Tensor = self.keep("vectors", encoder(self.keep("mel", speaker_encoder.mel(samples))))
+            found: Tensor = encoder(speaker_encoder.mel(samples))
         likeness = 16.0 * F.normalize(found, dim=1, eps=1e-4) @ F.normalize(self.voices, dim=1, eps=1e-4).T
         unsure = F.cross_entropy(likeness, speaker)
         scale = found.detach().square().mean(1, keepdim=True).sqrt()
@@ -325,17 +333,17 @@ class Trainer:
         plan = self.planner.plan(
             said, e.speech(reference, torch.zeros_like(spelling), told), whole > 0, unnamed > 0, batch.n_positions
         )
-        x = self.keep("embeds", self.embeds(plan, rate, vectors))
+        x = self.embeds(plan, rate, vectors)
         hidden, heads = stack.states(talker.model, x, s.guided_layers, s.dropout if self.learning else 0.0)
         time_ = torch.arange(batch.n_frames + 1, device=self.device)
         n = said.n_frames[:, None]
         at = (plan.first[:, None] + time_).clamp(max=batch.n_positions - 1)
         spoken, last = time_ < n, time_ == n
-        state = self.keep("state", hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1])))
+        state = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
         codes = e.codes[(said.start[:, None] + time_).clamp(max=len(e.codes) - 1)].long()
         wanted = torch.where(spoken, codes[..., 0], _IGNORED)
         wanted = torch.where(last, talker.config.codec_eos_token_id, wanted)
-        logits = self.keep("logits", talker.codec_head(state).float())
+        logits = talker.codec_head(state).float()
         each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=_IGNORED)
         found = {
             "logits": logits, "each": each.view_as(wanted), "wanted": wanted, "spoken": spoken, "last": last,
@@ -349,7 +357,7 @@ class Trainer:
             ours = (place >= 0) & (place < said.n_text[:, None])
             welcome = torch.where(ours[:, None], welcome, -30.0).clamp(min=-30.0)
             strays = [stack.strayed(head, at, welcome, spoken.float()) for head in heads]
-            found["stray"] = self.keep("stray", torch.stack(strays).mean())
+            found["stray"] = torch.stack(strays).mean()
         return found
 
     def residual(self, found: dict[str, Tensor], n: int, rate: Tensor) -> Tensor:
@@ -363,7 +371,7 @@ class Trainer:
         # The talker hears by the same tables: once it is settled they stay.
         embedded = F.embedding(given[:, :-1] + self.code_rows[:-1], tables.detach() if self.settled else tables)
         guessed = stack.force(talker.code_predictor, found["state"][row, frame], embedded)
-        guessed = self.keep("guessed", guessed.float())
+        guessed = guessed.float()
         each = F.cross_entropy(guessed.transpose(1, 2), codes[:, 1:], reduction="none")
         return each.mean(0)
 
@@ -394,8 +402,7 @@ class Trainer:
         return total
 
     def step(self, batch: Batch) -> None:
-        """One train step on ``batch``, with noisy linears. A step whose loss or gradient is not finite is told and left
-        out; five of them in a row raise FloatingPointError."""
+        """One train step on ``batch``, with noisy linears. Waits for nothing, so that a GPU never does."""
         with torch.no_grad():
             self.disturb()
         loss = self.loss(batch)
@@ -403,15 +410,15 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             torch._foreach_copy_(self.linears, self.clean)
+            if self.ranks.world > 1:
+                # One without a gradient here has none anywhere: that hangs on the moment alone.
+                self.ranks.mean([p.grad for p in self.parameters if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            if not bool(norm.isfinite() & loss.isfinite()):
-                self.fail(batch, float(loss))
-                return
+            self.odd += ~(norm.isfinite() & loss.isfinite())
             self.optimizer.step()
             decay = min(self.settings.ema_decay, (1.0 + self.n_steps) / (10.0 + self.n_steps))
             torch._foreach_lerp_(self.ema, list[Tensor](self.parameters), 1.0 - decay)
         self.n_steps += 1
-        self.n_failed_in_a_row = 0
 
     def disturb(self) -> None:
         """Adds noise to the linears; ``clean`` keeps what they were."""
@@ -424,38 +431,11 @@ class Trainer:
         torch._foreach_mul_(noise, [self.noise * spread for spread in self.spread])
         torch._foreach_add_(self.linears, noise)
 
-    def fail(self, batch: Batch, loss: float) -> None:
-        """Tells where the numbers of a failed step went wrong, as far as a second run of its batch shows it."""
-        self.n_failed, self.n_failed_in_a_row = self.n_failed + 1, self.n_failed_in_a_row + 1
-        names = [*(n for n, _ in self.model.named_parameters()), "readout.weight", "readout.bias", "voices"]
-        named = list(zip(names, self.parameters, strict=True))
-        bad = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
-        worse = [n for n, p in named if not bool(p.isfinite().all())]
-        self.seen = {}
-        with torch.no_grad():
-            self.loss(batch)
-        strange = [n for n, x in self.seen.items() if not bool(x.isfinite().all())]
-        self.seen = None
-        shape = (batch.rows.shape[1], batch.n_positions, batch.n_frames)
-        print(
-            f"step {self.n_steps}: loss {loss}, batch {shape}; not finite: values {strange}, weights {worse[:5]}, "
-            f"gradients of {len(bad)}: {bad[:5]} ... {bad[-3:]}",
-            flush=True,
-        )
-        if self.n_failed_in_a_row >= 5:
-            raise FloatingPointError("five steps in a row were not finite")
-
-    def keep(self, name: str, value: Tensor) -> Tensor:
-        """``value``, kept under ``name`` while a failed step is run again."""
-        if self.seen is not None:
-            self.seen[name] = value.detach()
-        return value
-
     def pace(self, elapsed_s: float) -> None:
         """Sets learning rate, weight noise, guidance, harshness and who learns for a moment of the run."""
         s = self.settings
         share = min(1.0, elapsed_s / s.total_s)
-        warm = s.lr * min(1.0, (elapsed_s + 0.5) / s.warmup_s)
+        warm = s.lr * min(1.0, (elapsed_s - s.elapsed_s + 0.5) / s.warmup_s)
         for group in self.optimizer.param_groups:
             gone = share if group["last"] else min(1.0, share / s.settled)
             group["lr"] = warm * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone)))
@@ -625,58 +605,75 @@ def read_texts(path: Path) -> dict[int, str]:
     return {int(row["id"]): row["text"] for row in rows}
 
 
-def run(trainer: Trainer, engine: Engine, out: Path, n_judged: int) -> None:
-    """Trains until the recipe's seconds are over; saves every minute and at the end."""
-    total_s = trainer.settings.total_s
-    batches = trainer.examples.batches()
-    begun = time.monotonic()
-    every = (50, 400) if trainer.device.type == "cuda" else (5, 25)
-    saved_s, said_s, elapsed, told, best = 0.0, 0.0, 0.0, -1, math.inf
-    out.mkdir(parents=True, exist_ok=True)
-    curve = (out / "curve.jsonl").open("a", encoding="utf-8")
+class Watch:
+    """Looks at a run now and then: OUT/curve.jsonl, OUT/best parts and OUT/said.safetensors."""
 
-    def tell(kind: str, values: dict[str, float]) -> None:
-        line = {"kind": kind, "step": trainer.n_steps, "seconds": round(elapsed, 1)}
-        curve.write(json.dumps(line | {k: round(v, 4) for k, v in values.items()}) + "\n")
-        curve.flush()
+    def __init__(self, trainer: Trainer, engine: Engine, out: Path, n_judged: int) -> None:
+        self.trainer, self.engine, self.out, self.n_judged = trainer, engine, out, n_judged
+        out.mkdir(parents=True, exist_ok=True)
+        self.curve = (out / "curve.jsonl").open("a", encoding="utf-8")
+        self.begun_s = self.saved_s = self.said_s = trainer.settings.elapsed_s
+        self.best = math.inf
+        self.every = (50, 400) if trainer.device.type == "cuda" else (5, 25)
+
+    def tell(self, kind: str, elapsed_s: float, values: dict[str, float]) -> None:
+        """Writes and prints ``values``."""
+        step = self.trainer.n_steps
+        line = {"kind": kind, "step": step, "seconds": round(elapsed_s, 1)}
+        self.curve.write(json.dumps(line | {k: round(v, 4) for k, v in values.items()}) + "\n")
+        self.curve.flush()
         words = ", ".join(f"{k} {v:.3f}" for k, v in values.items())
-        print(f"{elapsed:.0f} s, step {trainer.n_steps}, {kind}: {words}", flush=True)
+        print(f"{elapsed_s:.0f} s, step {step}, {kind}: {words}", flush=True)
 
-    def check(*, last: bool = False) -> None:
-        nonlocal best
+    def check(self, elapsed_s: float, *, last: bool = False) -> None:
+        """Judges the model on held-out sentences, and lets it say some every other minute."""
         try:
-            values = trainer.judged(n_judged)
-            tell("held out", values)
+            values = self.trainer.judged(self.n_judged)
+            self.tell("held out", elapsed_s, values)
             found = sum(values[f"{layout} {kind}"] for layout in ("stream", "whole") for kind in ("true", "deaf"))
-            if found < best and elapsed > 0.4 * total_s:
-                best = found
-                save(trainer, out, "best")
-            if last or elapsed > said_s + 120.0:
-                tell("said", trainer.said(engine, 16 if last else 8, out))
+            if found < self.best and elapsed_s > 0.4 * self.trainer.settings.total_s:
+                self.best = found
+                save(self.trainer, self.out, "best")
+            if last or elapsed_s > self.said_s + 120.0:
+                self.said_s = elapsed_s
+                self.tell("said", elapsed_s, self.trainer.said(self.engine, 16 if last else 8, self.out))
         except Exception:
             # Whatever is wrong with a look at the model must not cost the model.
             traceback.print_exc()
 
-    while (elapsed := time.monotonic() - begun) < total_s:
+    def look(self, elapsed_s: float) -> None:
+        """What is due after a step. Raises FloatingPointError when a step was not finite."""
+        trainer, step = self.trainer, self.trainer.n_steps
+        if step % self.every[0] == 0 or step == 1:
+            values = dict(zip(_REPORTED, trainer.report.tolist(), strict=True))
+            self.tell("trained", elapsed_s, values | {"ms a step": 1e3 * (elapsed_s - self.begun_s) / step})
+            if trainer.odd:
+                raise FloatingPointError(f"{int(trainer.odd)} steps were not finite")
+        if step % self.every[1] == 0:
+            self.check(elapsed_s)
+        if elapsed_s > self.saved_s + 60.0:
+            self.saved_s = elapsed_s
+            save(trainer, self.out)
+
+
+def run(trainer: Trainer, engine: Engine, out: Path, n_judged: int) -> None:
+    """Trains until the recipe's seconds are over; saves every minute and at the end."""
+    settings, ranks, on_gpu = trainer.settings, trainer.ranks, trainer.device.type == "cuda"
+    watch = None if ranks.rank else Watch(trainer, engine, out, n_judged)
+    batches, elapsed = trainer.examples.batches(), settings.elapsed_s
+    ranks.start(elapsed)
+    while elapsed < settings.total_s:
         trainer.pace(elapsed)
         trainer.step(next(batches))
-        if trainer.n_steps == told:
-            continue
-        told = trainer.n_steps
-        if told % every[0] == 0 or told == 1:
-            values = dict(zip(_REPORTED, trainer.report.tolist(), strict=True))
-            tell("trained", values | {"ms a step": 1e3 * elapsed / told, "failed": float(trainer.n_failed)})
-        if told % every[1] == 0:
-            check()
-            if elapsed > said_s + 120.0:
-                said_s = elapsed
-        if elapsed > saved_s + 60.0:
-            saved_s = elapsed
-            save(trainer, out)
-    save(trainer, out)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else 0.0
-    print(f"done: {trainer.n_steps} steps in {elapsed:.0f} s, {peak:.1f} GiB", flush=True)
-    check(last=True)
+        if watch:
+            watch.look(elapsed)
+        if not on_gpu or trainer.n_steps % 10 == 0:
+            elapsed = ranks.elapsed_s()
+    if watch:
+        save(trainer, out)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        print(f"done: {trainer.n_steps} steps in {elapsed:.0f} s, {peak:.1f} GiB", flush=True)
+        watch.check(elapsed, last=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -688,7 +685,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=780.0)
     parser.add_argument("--resume", type=Path, help="FOLDER/NAME of earlier talker parts to start from")
-    parser.add_argument("--device", help="by default cuda:0, where there is one")
+    parser.add_argument("--elapsed", type=float, default=0.0, help="with --resume: seconds that the earlier run took")
+    parser.add_argument(
+        "--device", help="by default cuda:0, where there is one; with torchrun that of the first process"
+    )
     parser.add_argument("--budget", type=int, help="positions in a step")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--dropout", type=float)
@@ -715,8 +715,9 @@ def main() -> None:
     """Reads, trains and saves."""
     args = _arguments()
     begun = time.monotonic()
-    device = _device(args.device)
-    settings = recipe.TalkerRecipe(total_s=args.seconds)
+    ranks = Ranks(args.device)
+    device = _device(str(ranks.device))
+    settings = recipe.TalkerRecipe(total_s=args.seconds + args.elapsed, elapsed_s=args.elapsed)
     if args.toy:
         settings = dataclasses.replace(settings, budget=1200, n_frames=40, n_frames_settled=80)
     chosen = {"budget": args.budget, "lr": args.lr, "dropout": args.dropout}
@@ -736,7 +737,7 @@ def main() -> None:
     initialise(model, readout, codec)
     if args.resume:
         model.load_state_dict(parts.read(args.resume.parent, args.resume.name))
-    trainer = Trainer(model.train().to(device), examples, codec, tokenizer, config)
+    trainer = Trainer(model.train().to(device), examples, codec, tokenizer, config, ranks)
     with torch.no_grad():
         trainer.readout.load_state_dict(readout.state_dict())
         torch._foreach_copy_(trainer.ema, list[Tensor](trainer.parameters))
@@ -757,7 +758,11 @@ def main() -> None:
     )
     where = SimpleNamespace(config=config, path=Path("no-checkpoint"))
     engine = Engine(TTS(cast(Checkpoint, where), model, cast(Codec, None), tokenizer))
+    # The same weights everywhere, other examples.
+    torch.manual_seed(settings.seed + ranks.rank)
+    examples.rng = np.random.default_rng(settings.seed + ranks.rank)
     run(trainer, engine, args.out, 16 if args.toy else 96)
+    ranks.end()
 
 
 if __name__ == "__main__":
