@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from training import kokoro, shards, synthesize, warp
+from training import kokoro, kokoro_model, kokoro_weights, shards, synthesize, warp
 
-SIZES = kokoro.Sizes(
+SIZES = kokoro_model.Sizes(
     tokens=20,
     hidden=32,
     style=8,
@@ -27,7 +27,7 @@ SIZES = kokoro.Sizes(
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(5)
-    made = kokoro.Kokoro(SIZES)
+    made = kokoro_model.Kokoro(SIZES)
     made.prosody.pitch_out.bias.fill_(150.0)
     return made
 
@@ -73,14 +73,14 @@ def _speaker(model, budget):
 
 def test_a_batch_is_what_its_clips_are_alone(model, monkeypatch):
     # The same noise in every row: without any, the phases of the source's weak bins are mere rounding errors.
-    noise = torch.randn(kokoro.STEP * 200)
+    noise = torch.randn(kokoro_model.STEP * 200)
     monkeypatch.setattr(torch, "randn_like", lambda rows: noise[: rows.shape[1]].expand_as(rows))
     speaker = kokoro.Speaker(model, _styles(), SPEAKERS, torch.device("cpu"), 200, noise=1.0)
     jobs = [{**job, "tokens": job["tokens"][:14]} for job in _jobs(5)]
     together = speaker.plan(jobs)
     n_frames = kokoro.filled(max(int(clip.frames.sum()) for clip in together))
     samples = speaker.render(together, n_frames)
-    assert samples.shape == (5, kokoro.STEP * n_frames)
+    assert samples.shape == (5, kokoro_model.STEP * n_frames)
     for i, job in enumerate(jobs):
         (alone,) = speaker.plan([job])
         np.testing.assert_array_equal(alone.frames, together[i].frames)
@@ -143,13 +143,15 @@ def test_packed_weights_come_back_closely(model, tmp_path):
         "decoder.generator.source.bias": torch.randn(1),
     }
     files = [tmp_path / "a.bin", tmp_path / "b.bin"]
-    kokoro.pack(weights, files)
-    found = {**kokoro.unpack(files[0]), **kokoro.unpack(files[1])}
+    kokoro_weights.pack(weights, files)
+    found = {**kokoro_weights.unpack(files[0]), **kokoro_weights.unpack(files[1])}
     assert found.keys() == weights.keys()
     for name, values in weights.items():
         assert found[name].shape == values.shape
         flat, new = values.reshape(len(values), -1), found[name].reshape(len(values), -1)
-        step = next((s for pattern, s in kokoro._STEPS if kokoro.re.search(pattern, name)), kokoro._FINE)
+        step = next(
+            (s for pattern, s in kokoro_weights._STEPS if kokoro_weights.re.search(pattern, name)), kokoro_weights._FINE
+        )
         limit = 0.51 * step * flat.std(1, keepdim=True) if values.numel() >= 4096 else 1e-3 * flat.abs() + 1e-6
         assert ((new - flat).abs() <= limit).all(), name
 
