@@ -215,7 +215,10 @@ def test_a_missing_codec_says_so(folder, toy_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no/such/model", "nobody-here", "./gone", "../gone"])
-def test_an_unknown_source(name):
+def test_an_unknown_source(name, tmp_path, monkeypatch):
+    # Whatever lies beside the folder that the tests run in.
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(CheckpointError, match="is no folder, no hub id"):
         Checkpoint.open(name)
 

@@ -3,11 +3,12 @@
     python -m training.encoder measure --set SET --first CODEC --out LATENTS
     python -m training.encoder train --set SET --first CODEC --latents LATENTS --out OUT --seconds 240
 
-CODEC is a speech_tokenizer/model.safetensors of the same shapes: the encoder to start from, whose codebook 0 was
-taught what is said (`training.phonetic`), and whose hearing is the target of codebook 0 ever after. `measure` finds the
-principal axes of how speech sounds (`training.latents`) and codebooks for both, from nothing but speech, so that the
-decoder and the talker can begin to learn them while the encoder does. `train` writes OUT/codec parts every minute and
-at the end: the encoder and these codebooks, beside CODEC's decoder. Both take minutes on a GPU; `--toy` on a CPU.
+CODEC is a speech_tokenizer/model.safetensors of the same shapes: the encoder to start from, whose codebook 0 was taught
+what is said (the one that ships: out of Whisper's encoder, by `training/phonetic.py` as of commit 02fd51e), and whose
+hearing is the target of codebook 0 ever after. `measure` finds the principal axes of how speech sounds
+(`training.latents`) and codebooks for both, from nothing but speech, so that the decoder and the talker can begin to
+learn them while the encoder does. `train` writes OUT/codec parts every minute and at the end: the encoder and these
+codebooks, beside CODEC's decoder. Both take minutes on a GPU; `--toy` on a CPU.
 """
 
 from __future__ import annotations
@@ -197,6 +198,7 @@ def train(trainer: Trainer, out: Path, codec: Codec, log: Callable[[str], None])
     """Trains until the recipe's seconds are over; saves every minute and at the end."""
     s, on_gpu = trainer.settings, trainer.device.type == "cuda"
     step, n_steps, saved_s = trainer.captured(), 0, 0.0
+    (out / "done").unlink(missing_ok=True)
     begun, told = time.monotonic(), 0
 
     def save() -> None:

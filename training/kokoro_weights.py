@@ -58,7 +58,7 @@ _ONNX_PATHS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 def from_onnx(file: Path) -> dict[str, Tensor]:
     """Kokoro's weights under the names of :class:`Kokoro`. Raises KeyError when the graph is another one."""
-    import onnx  # type: ignore[import-not-found, unused-ignore]
+    import onnx
     from onnx import numpy_helper
 
     graph = onnx.load(str(file)).graph

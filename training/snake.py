@@ -11,8 +11,8 @@ from functools import reduce
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-not-found]
-import triton.language as tl  # type: ignore[import-not-found]
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 

