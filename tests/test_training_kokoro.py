@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import kokoro, kokoro_model, kokoro_weights, shards, synthesize, warp
+from training import data, kokoro, kokoro_model, kokoro_weights, recipe, shards, synthesize, warp
 
 SIZES = kokoro_model.Sizes(
     tokens=20,
@@ -35,7 +35,7 @@ def model():
 @pytest.fixture
 def speech():
     """[2, N]: harmonics of a gliding pitch with a formant each, and silence at both ends."""
-    time = torch.arange(36_000) / warp.RATE_HZ
+    time = torch.arange(36_000) / data.RATE_HZ
     rows = []
     for f0, formant in ((110.0, 700.0), (210.0, 1100.0)):
         phase = 2 * torch.pi * f0 * (time + 0.02 * torch.sin(5 * time))
@@ -103,7 +103,7 @@ def test_the_source_keeps_its_phase_over_a_long_clip(model):
     heard = generator._heard(f0, 0.0)
     assert heard.shape == (1, 2 * 11, 60 * 4800 + 1)
     # Four seconds are a whole number of cycles.
-    period = 4 * warp.RATE_HZ // 5
+    period = 4 * data.RATE_HZ // 5
     magnitude = heard[0, :11]
     torch.testing.assert_close(
         magnitude[:, 100:5000], magnitude[:, 100 + 14 * period : 5000 + 14 * period], atol=2e-4, rtol=0
@@ -199,7 +199,7 @@ def test_a_colour_is_met_at_its_knots():
 
 
 def test_resampling_moves_a_tone():
-    time = torch.arange(24_000) / warp.RATE_HZ
+    time = torch.arange(24_000) / data.RATE_HZ
     tone = torch.sin(2 * torch.pi * 1000 * time).repeat(3, 1)
     pitch = [0.8, 1.0, 1.25]
     out = warp.resampled(tone, pitch)
@@ -216,14 +216,14 @@ def _finished(samples, dice):
     """
     if not np.isfinite(samples).all():
         raise ValueError("samples that are not finite")
-    step = warp.RATE_HZ // 100
+    step = data.RATE_HZ // 100
     power = np.square(samples[: len(samples) // step * step].reshape(-1, step)).mean(1)
     heard = np.flatnonzero(power > max(1e-7, 1e-4 * float(np.quantile(power, 0.95))))
     if len(heard) < 20:
         raise ValueError("silence")
-    begin = int(heard[0]) * step - int(warp.RATE_HZ * dice.uniform(0.08, 0.16))
-    end = (int(heard[-1]) + 1) * step + int(warp.RATE_HZ * 0.16)
-    end += -(end - begin) % warp.FRAME
+    begin = int(heard[0]) * step - int(data.RATE_HZ * dice.uniform(0.08, 0.16))
+    end = (int(heard[-1]) + 1) * step + int(data.RATE_HZ * 0.16)
+    end += -(end - begin) % recipe.SAMPLES_PER_FRAME
     clip = np.zeros(end - begin, np.float32)
     first, last = max(0, begin), min(len(samples), end)
     clip[first - begin : last - begin] = samples[first:last]
@@ -249,8 +249,8 @@ def test_clips_are_finished_as_one_by_one(speech):
             return self.value
 
     for i in range(2):
-        expected = _finished(rows[i].numpy(), Dice((lead[i] + 0.5) / warp.RATE_HZ))
-        assert len(expected) == n_frames[i] * warp.FRAME
+        expected = _finished(rows[i].numpy(), Dice((lead[i] + 0.5) / data.RATE_HZ))
+        assert len(expected) == n_frames[i] * recipe.SAMPLES_PER_FRAME
         np.testing.assert_allclose(samples[i, : len(expected)].numpy(), expected, atol=1.01)
     later = torch.tensor([rows.shape[1], 20_000, 0, 0])
     assert warp.finished(rows, later, torch.tensor(lead))[1][1] < n_frames[1]
@@ -263,7 +263,9 @@ def test_a_killed_run_resumes(model, tmp_path, monkeypatch):
     monkeypatch.setattr(kokoro, "load", lambda files: model)
     # The toy's sound may be silent by the rules of real speech.
     monkeypatch.setattr(
-        warp, "finished", lambda s, n, lead: ((s * 100).to(torch.int16)[:, : 2 * warp.FRAME], torch.full((len(s),), 2))
+        warp,
+        "finished",
+        lambda s, n, lead: ((s * 100).to(torch.int16)[:, : 2 * recipe.SAMPLES_PER_FRAME], torch.full((len(s),), 2)),
     )
 
     def speak(out, share):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 from quaver.model.codec_encoder import Codec
@@ -52,4 +53,25 @@ def test_once_settled_the_code_predictor_alone_learns(toy_tts: TTS) -> None:
     # Neither the talker's own weights nor the tables by which it hears the codes.
     assert late <= predictor
     assert "talker.code_predictor.model.layers.0.mlp.up_proj.weight" in late
-    assert trainer.odd == 0
+    assert trainer.verify() == 0
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_five_in_a_row_end_the_run(toy_tts: TTS) -> None:
+    trainer = _trainer(toy_tts)
+    batches = trainer.examples.batches()
+    trainer.pace(20.0)
+    trainer.step(next(batches))
+    before = [p.detach().clone() for p in trainer.parameters]
+    real = trainer.loss
+    trainer.loss = lambda batch: real(batch) * float("nan")
+    for n_failed in range(1, 5):
+        trainer.step(next(batches))
+        assert trainer.verify() == n_failed
+    assert all(torch.equal(p, old) for p, old in zip(trainer.parameters, before, strict=True))
+    trainer.step(next(batches))
+    with pytest.raises(FloatingPointError, match="five steps in a row"):
+        trainer.verify()
+    trainer.loss = real
+    trainer.step(next(batches))
+    assert all(p.isfinite().all() for p in trainer.parameters)
+    assert not all(torch.equal(p, old) for p, old in zip(trainer.parameters, before, strict=True))

@@ -29,15 +29,13 @@ from torch import Tensor, nn
 from quaver.model.codec import CodecDecoder
 from quaver.model.codec_encoder import Codec, CodecEncoder
 from training import data, parts, quantizer, recipe
-from training.encoder import Coding, captured, first_codec, open_coding
+from training.encoder import Coding, captured, check, descend, first_codec, keep, open_coding
 from training.latents import WIDTH, by_column
 from training.losses import Discriminators, MelDistance
 from training.pool import Pool, from_sets
 from training.ranks import Ranks
 
 _REPORTED = ("mel", "low", "own", "adv", "match", "sketch", "heard", "unlike")
-_ODD_STEPS = 100
-"""So many steps and one in ten may give gradients that are not finite; more end the run."""
 _LOW_HZ = 500.0
 _BRIGHT = 0.5
 
@@ -59,8 +57,8 @@ class Trainer:
         coding: Coding,
         codec: Codec,
         settings: recipe.DecoderRecipe,
+        ranks: Ranks,
         begun: dict[str, Tensor] | None = None,
-        ranks: Ranks | None = None,
     ) -> None:
         """``begun``: the state of a codec whose decoder reads these codes already, to go on with."""
         self.pool, self.coding, self.settings, self.ranks = pool, coding, settings, ranks
@@ -109,18 +107,14 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     @torch.no_grad()
-    def read(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors of codebook 0 and the sums of the others' [B, T, d] for ``samples`` [B, N]."""
-        books, n = self.coding.books, len(samples) if self.encoder is None else len(samples) // 2
-        said, sound, _ = self.coding(samples[:n])
+    def read(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The vectors of codebook 0 and the sums of the others' [B, T, d] for ``samples`` [B, N], and the features."""
+        books, n = self.coding.books, len(samples) // 2
+        said, sound, features = self.coding(samples)
         if self.encoder is not None:
             theirs = quantizer.to_code(self.encoder, samples[n:])
-            said, sound = torch.cat((said, theirs[0])), torch.cat((sound, theirs[1]))
-        return quantizer.coded(said, books[:1])[1], quantizer.coded(sound, books[1:])[1]
-
-    def latents(self, samples: Tensor) -> Tensor:
-        """The latents [B, codebook_dim, T] that the decoder reads."""
-        return projected(self.decoder, *self.read(samples))
+            said, sound = torch.cat((said[:n], theirs[0])), torch.cat((sound[:n], theirs[1]))
+        return quantizer.coded(said, books[:1])[1], quantizer.coded(sound, books[1:])[1], features
 
     @torch.no_grad()
     def aim(self) -> None:
@@ -129,7 +123,7 @@ class Trainer:
         told, passed = [], []
         for _ in range(40 if self.device.type == "cuda" else 2):
             samples = self.pool.draw(self.settings.batch, self.settings.n_frames, self.settings.changed)
-            told.append(torch.cat(self.read(samples), -1).flatten(0, 1))
+            told.append(torch.cat(self.read(samples)[:2], -1).flatten(0, 1))
             codes = self.first.encoder.encode(samples)
             passed.append(self.first.decoder.quantizer.decode(codes).transpose(1, 2).flatten(0, 1))
         x, y = torch.cat(told), torch.cat(passed)
@@ -152,30 +146,24 @@ class Trainer:
     def draw_step(self) -> None:
         """One step of the first half alone."""
         samples = self.pool.draw(self.settings.drawn_batch, self.settings.n_frames, self.settings.changed)
-        features, vectors = self.features(samples), self.read(samples)
         with self.autocast():
+            first, rest, features = self.read(samples)
             with torch.no_grad():
-                before = halfway(self.before, projected(self.before, *vectors))
-            middle = halfway(self.decoder, projected(self.decoder, *vectors))
+                before = halfway(self.before, projected(self.before, first, rest))
+            middle = halfway(self.decoder, projected(self.decoder, first, rest))
             sketch = self.drawn(middle, features)
             unlike = (middle - before).float().square().mean() / before.float().var()
         gradients = torch.autograd.grad(sketch + 0.2 * unlike, self.early)
-        self._keep(self.early, gradients)
+        keep(self.early, gradients)
         self._tell(sketch=sketch, unlike=unlike)
-
-    def features(self, samples: Tensor) -> Tensor:
-        """The features [B, T, F] of ``samples``."""
-        with torch.no_grad():
-            found: Tensor = self.coding.latents.features(samples)
-        return found
 
     def step(self) -> None:
         """One train step of everything."""
         s = self.settings
         real = self.pool.draw(s.batch, s.n_frames, s.changed)
-        features = self.features(real)
         with self.autocast():
-            middle = halfway(self.decoder, self.latents(real))
+            first, rest, features = self.read(real)
+            middle = halfway(self.decoder, projected(self.decoder, first, rest))
             made = self.sounded(self.decoder, middle).float()
             sketch = self.drawn(middle, features)
             own, adversarial, matching = self.discriminators(*excerpts(real, made))
@@ -185,7 +173,7 @@ class Trainer:
         loss = loss + self.ramp * (s.adversarial_weight * adversarial + s.matching_weight * matching)
         gradients = torch.autograd.grad(loss, [*self.early, *self.late], retain_graph=True)
         theirs = torch.autograd.grad(own, self.theirs)
-        self._keep([*self.early, *self.late, *self.theirs], (*gradients, *theirs))
+        keep([*self.early, *self.late, *self.theirs], (*gradients, *theirs))
         self._tell(mel=mel, low=low, own=own, adv=adversarial, match=matching, sketch=sketch, heard=heard)
 
     def reheard(self, real: Tensor, made: Tensor) -> Tensor:
@@ -197,21 +185,11 @@ class Trainer:
         return missed
 
     @torch.no_grad()
-    def _keep(self, parameters: list[nn.Parameter], gradients: tuple[Tensor, ...]) -> None:
-        torch._foreach_copy_([p.grad for p in parameters if p.grad is not None], list(gradients))
-
-    @torch.no_grad()
     def update(self, n_groups: int) -> None:
         """Takes one step of the first ``n_groups`` optimizers; gradients that are not finite count as none."""
         groups = (self.early, self.late, self.theirs)[:n_groups]
         for parameters, optimizer in zip(groups, self.optimizers, strict=False):
-            grads = [p.grad for p in parameters if p.grad is not None]
-            norm = torch.stack(torch._foreach_norm(grads)).norm()
-            self.odd += (~norm.isfinite()).float()
-            for gradient in grads:
-                gradient.nan_to_num_(0.0, 0.0, 0.0)
-            torch._foreach_mul_(grads, (5.0 / norm.nan_to_num(1.0, 1.0).clamp(min=1e-6)).clamp(max=1.0))
-            optimizer.step()
+            self.odd += descend(optimizer, parameters, 5.0)
         torch._foreach_lerp_(list[Tensor](self.followed[0]), self.followed[1], 1.0 - self.settings.ema_decay)
 
     def captured(self, sounding: bool) -> Callable[[], None]:
@@ -224,8 +202,7 @@ class Trainer:
 
         def step() -> None:
             differentiate()
-            if self.ranks:
-                self.ranks.mean(grads)
+            self.ranks.mean(grads)
             update()
 
         return step
@@ -333,11 +310,9 @@ def train(
             n_steps += 1
         elapsed = ranks.elapsed_s()
         if n_steps >= told + (500 if on_gpu else 1):
-            told, odd = n_steps, int(trainer.odd)
+            told, odd = n_steps, check(trainer.odd, n_steps)
             values = " ".join(f"{n} {v:.3f}" for n, v in zip(_REPORTED, trainer.report.tolist(), strict=True))
             log(f"{elapsed:.0f} s, step {n_steps}: {values}" + (f", {odd} not finite" if odd else ""))
-            if odd > _ODD_STEPS + n_steps // 10:
-                raise FloatingPointError(f"{odd} of {n_steps} steps gave gradients that are not finite")
         if elapsed > saved_s + 120.0 and sounding:
             saved_s = elapsed
             save()
@@ -380,7 +355,7 @@ def main() -> None:
     log(pool.described)
     codec = first_codec(args.first)
     begun_with = parts.read(args.resume, "codec") if args.resume else None
-    trainer = Trainer(pool, open_coding(codec, args.latents, device), codec, settings, begun_with, ranks)
+    trainer = Trainer(pool, open_coding(codec, args.latents, device), codec, settings, ranks, begun_with)
     if device.type == "cuda":
         from training import snake
 

@@ -108,9 +108,7 @@ def main() -> None:
     )
     written.result()
     paths = shards.write(args.out, encoded)
-    used = torch.stack([torch.bincount(book.long(), minlength=recipe.N_CODES) for book in encoded.codes.T])
-    share = used / used.sum(1, keepdim=True)
-    bits = -(share * (share + 1e-12).log2()).sum(1)
+    bits = quantizer.bits(encoded.codes.T.long(), recipe.N_CODES)
     print("bits of each codebook:", " ".join(f"{b:.2f}" for b in bits.tolist()))
     for path in paths:
         print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB")

@@ -30,6 +30,8 @@ from training import parts, quantizer, recipe
 from training.latents import WIDTHS, Latents
 from training.pool import Pool, from_sets
 
+_ODD_STEPS = 100
+
 
 class Coding(nn.Module):
     """What every codebook is to code, measured on the sound itself, and codebooks for it."""
@@ -98,10 +100,11 @@ class Trainer:
         self.device = device = coding.books.device
         self.encoder = copy.deepcopy(codec.encoder).to(device)
         self.aim()
-        self.parameters = [p for n, p in self.encoder.named_parameters() if "output_proj" not in n]
         self.ema = copy.deepcopy(self.encoder).requires_grad_(False)
-        names = {n for n, _ in self.encoder.named_parameters() if "output_proj" not in n}
-        self.followed = [p for n, p in self.ema.named_parameters() if n in names]
+        # Its quantizer's output projections are never used by an encoder.
+        self.parameters, self.followed = (
+            [p for n, p in encoder.named_parameters() if "output_proj" not in n] for encoder in (self.encoder, self.ema)
+        )
         self.lr = torch.tensor(0.0, device=device)
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -112,6 +115,8 @@ class Trainer:
         spread = coding.latents.spread
         self.weight = spread.mean() / (spread + 0.02 * spread.max())
         self.report = torch.zeros(2, device=device)
+        self.odd = torch.zeros((), device=device)
+        """How many steps had gradients that are not finite."""
 
     def draw(self) -> Tensor:
         """A batch of crops."""
@@ -139,23 +144,14 @@ class Trainer:
         missed = (got[0] - said).square().sum(-1).mean() / self.coding.power
         blurred = ((got[1] - sound).square() * self.weight).sum(-1).mean() / self.coding.latents.spread.square().sum()
         loss = self.settings.said_weight * missed + blurred
-        gradients = list(torch.autograd.grad(loss, self.parameters))
+        gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
-            grads = [p.grad for p in self.parameters if p.grad is not None]
-            torch._foreach_copy_(grads, gradients)
-            for gradient in grads:
-                gradient.nan_to_num_(0.0, 0.0, 0.0)
-            norm = torch.stack(torch._foreach_norm(grads)).norm()
-            torch._foreach_mul_(grads, (1.0 / norm.clamp(min=1e-6)).clamp(max=1.0))
-            self.optimizer.step()
+            keep(self.parameters, gradients)
+            self.odd += descend(self.optimizer, self.parameters, 1.0)
             torch._foreach_lerp_(
                 list[Tensor](self.followed), list[Tensor](self.parameters), 1.0 - self.settings.ema_decay
             )
             self.report.lerp_(torch.stack((missed, blurred)).nan_to_num(1.0), 0.02)
-
-    def captured(self) -> Callable[[], None]:
-        """A train step as a CUDA graph; as it is on a CPU."""
-        return captured(self.step, self.device)
 
     @torch.no_grad()
     def told(self, n_batches: int) -> str:
@@ -178,6 +174,32 @@ class Trainer:
         return f"{kinds}; what is said {1 - float(missed):.3f}; codebooks 0, 1 and 2 as measured: {agreed}"
 
 
+def keep(parameters: list[nn.Parameter], gradients: tuple[Tensor, ...]) -> None:
+    """Copies ``gradients`` to where `descend` finds them."""
+    torch._foreach_copy_([p.grad for p in parameters if p.grad is not None], list(gradients))
+
+
+def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], bound: float) -> Tensor:
+    """Takes a step with gradients of a norm of at most ``bound``, in which what is not finite counts as none; 1.0 where
+    there was any, else 0.0."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    odd: Tensor = (~torch.stack(torch._foreach_norm(grads)).norm().isfinite()).float()
+    for gradient in grads:
+        gradient.nan_to_num_(0.0, 0.0, 0.0)
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    torch._foreach_mul_(grads, (bound / norm.clamp(min=1e-6)).clamp(max=1.0))
+    optimizer.step()
+    return odd
+
+
+def check(odd: Tensor, n_steps: int) -> int:
+    """How many steps were not finite. Raises FloatingPointError where that is more than _ODD_STEPS and one in ten."""
+    found = int(odd)
+    if found > _ODD_STEPS + n_steps // 10:
+        raise FloatingPointError(f"{found} of {n_steps} steps gave gradients that are not finite")
+    return found
+
+
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """``step`` as a CUDA graph, after three runs of it; unchanged where ``device`` is no GPU."""
     if device.type != "cuda":
@@ -195,9 +217,12 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 
 def train(trainer: Trainer, out: Path, codec: Codec, log: Callable[[str], None]) -> None:
-    """Trains until the recipe's seconds are over; saves every minute and at the end."""
+    """Trains until the recipe's seconds are over; saves every minute and at the end.
+
+    Raises FloatingPointError when too many steps were not finite.
+    """
     s, on_gpu = trainer.settings, trainer.device.type == "cuda"
-    step, n_steps, saved_s = trainer.captured(), 0, 0.0
+    step, n_steps, saved_s = captured(trainer.step, trainer.device), 0, 0.0
     (out / "done").unlink(missing_ok=True)
     begun, told = time.monotonic(), 0
 
@@ -219,7 +244,9 @@ def train(trainer: Trainer, out: Path, codec: Codec, log: Callable[[str], None])
         if n_steps >= told + (500 if on_gpu else 1):
             told = n_steps
             missed, blurred = trainer.report.tolist()
-            log(f"{elapsed:.0f} s, step {n_steps}: said {1 - missed:.3f}, sound missed {blurred:.4f}")
+            odd = check(trainer.odd, n_steps)
+            told_odd = f", {odd} not finite" if odd else ""
+            log(f"{elapsed:.0f} s, step {n_steps}: said {1 - missed:.3f}, sound missed {blurred:.4f}{told_odd}")
         if elapsed > saved_s + 60.0:
             saved_s = elapsed
             save()

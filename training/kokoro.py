@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training import synthesize, warp
+from training import data, recipe, synthesize, warp
 from training.kokoro_model import STEP, Kokoro
 from training.kokoro_weights import from_onnx, load, pack
 
@@ -141,7 +141,7 @@ class Speaker:
         samples = warp.warped(samples, sent(formant), sent(bend), sent(colours))
         lengths = [int(clip.frames.sum() * STEP / p) for clip, p in zip(clips, pitch, strict=True)]
         dice = [random.Random(f"{synthesize.SEED} kokoro {job['text']}") for job in jobs]
-        lead = [int(warp.RATE_HZ * one.uniform(0.08, 0.16)) for one in dice]
+        lead = [int(data.RATE_HZ * one.uniform(0.08, 0.16)) for one in dice]
         whole, counts = warp.finished(samples, sent(lengths), sent(lead))
         if self.device.type != "cuda":
             return Batch(jobs, whole, counts, None)
@@ -233,10 +233,10 @@ class Part:
             if not n_frames:
                 self.count.dropped += 1
                 continue
-            audio.write(clip[: n_frames * warp.FRAME].astype("<i2", copy=False).tobytes())
+            audio.write(clip[: n_frames * recipe.SAMPLES_PER_FRAME].astype("<i2", copy=False).tobytes())
             row = {"text": job["text"], "speaker": job["speaker"], "offset": offset, "n_frames": n_frames}
             rows.append(json.dumps(row) + "\n")
-            offset += n_frames * warp.FRAME
+            offset += n_frames * recipe.SAMPLES_PER_FRAME
             self.count.clips += 1
             self.count.frames += n_frames
         audio.flush()
@@ -288,7 +288,7 @@ def speak_share(
 
     def tell(end: str) -> None:
         done, now = part.count, time.monotonic()
-        speech = done.frames * warp.FRAME / warp.RATE_HZ
+        speech = done.frames * recipe.SAMPLES_PER_FRAME / data.RATE_HZ
         print(
             f"kokoro {number}: {now - started:.0f} s, {done.clips} of {len(jobs)} clips, {done.dropped} dropped,"
             f" {speech / 3600:.2f} h of speech, {speech / max(1e-3, now - loaded):.1f} x real time{end}",
@@ -300,7 +300,8 @@ def speak_share(
         if time.monotonic() - told > 10:
             told = time.monotonic()
             tell("")
-        if time.monotonic() - started > seconds or part.count.frames * warp.FRAME / warp.RATE_HZ / 3600 >= hours:
+        spoken_s = part.count.frames * recipe.SAMPLES_PER_FRAME / data.RATE_HZ
+        if time.monotonic() - started > seconds or spoken_s >= 3600 * hours:
             break
     part.close()
     tell(", ended")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import warp
+from training.data import RATE_HZ
 
 STEP = 600
 """Samples a frame."""
@@ -269,7 +269,7 @@ class Generator(nn.Module):
         # The phase of each harmonic, in cycles, is linear between the middles of the steps. It is summed in float64 and
         # its whole cycles are dropped there: in float32 a long clip would be hoarse at its end.
         order = torch.arange(1, _HARMONICS + 1, device=device, dtype=torch.float64)
-        slope = size * (f0.double()[:, None] * (order / warp.RATE_HZ)[:, None]).remainder(1.0)
+        slope = size * (f0.double()[:, None] * (order / RATE_HZ)[:, None]).remainder(1.0)
         start = slope.cumsum(2).remainder(1.0)
         start = torch.cat([start[:, :, :1], start], 2).float()
         slope = F.pad(slope[:, :, 1:].float(), (1, 1))

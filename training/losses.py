@@ -54,11 +54,6 @@ class MelDistance(nn.Module):
         return total / len(self.SCALES)
 
 
-def _last(x: Tensor) -> Tensor:
-    """``x`` with its channels last where that is faster."""
-    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
-
-
 class PeriodDiscriminator(nn.Module):
     """Sees every ``period``-th sample as a column: feature maps, the last one the verdict."""
 
@@ -75,7 +70,7 @@ class PeriodDiscriminator(nn.Module):
         x = F.pad(x, (0, -x.shape[-1] % self.period)).reshape(len(x), 1, -1, self.period)
         maps = []
         for conv in self.convs:
-            x = F.leaky_relu(_last(conv(x)), 0.1)
+            x = F.leaky_relu(conv(x), 0.1)
             maps.append(x)
         return [*maps, self.last(x)]
 
@@ -101,7 +96,7 @@ class SpectrumDiscriminator(nn.Module):
         x = torch.view_as_real(spectrum).permute(0, 3, 2, 1).contiguous()
         maps = []
         for conv in self.convs:
-            x = F.leaky_relu(_last(conv(x)), 0.1)
+            x = F.leaky_relu(conv(x), 0.1)
             maps.append(x)
         return [*maps, self.last(x)]
 

@@ -18,7 +18,7 @@ left() { echo $((end - $(date +%s) - $1)); }
 device() { [ -n "$toy" ] && echo cpu || echo "cuda:$1"; }
 several() { [ -n "$toy" ] && echo python3 || echo python3 -m torch.distributed.run --nproc-per-node=2 --master-port "$1"; }
 
-if [ ! -d "$work/sets" ]; then
+if [ -z "$toy" ] && [ ! -e "$work/sets/.spoken" ]; then
     spoken=()
     for gpu in 0 1 2 3; do
         python3 -m training.kokoro speak --jobs "$work/jobs-$((gpu % 2)).xz" --weights "$work"/kokoro* --styles "$work/styles.npz" \
@@ -26,6 +26,7 @@ if [ ! -d "$work/sets" ]; then
         spoken+=($!)
     done
     for process in "${spoken[@]}"; do wait "$process"; done
+    touch "$work/sets/.spoken"
 fi
 sets=()
 for set in "$work"/sets/*; do sets+=(--set "$set"); done

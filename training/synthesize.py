@@ -30,9 +30,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from training import recipe
+
 SEED = 1729
-FRAME = 1920
-"""Samples a frame, as the codec cuts them (80 ms)."""
 UNHEARD = ("af_river", "am_puck", "bf_lily", "bm_lewis")
 """Voices kept for the test of unseen speakers: they speak nothing here, nor are they mixed in."""
 WHISPERED = "af_nicole"
@@ -177,7 +177,7 @@ def spoken_texts(index: Path) -> list[int]:
     for line in index.read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-            after = 2 * (row["offset"] + FRAME * row["n_frames"])
+            after = 2 * (row["offset"] + recipe.SAMPLES_PER_FRAME * row["n_frames"])
         except (ValueError, KeyError, TypeError):
             break
         if after > size:

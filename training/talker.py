@@ -258,8 +258,7 @@ class Trainer:
             for flat in (True, False)
             for last in (True, False)
         ]
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.95), fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.95), fused=True)
         # The first of them are heard most.
         weight = 0.8 ** torch.arange(n_books - 1, device=device)
         self.book_weight = weight / weight.sum()
@@ -268,8 +267,7 @@ class Trainer:
         self.settled = False
         """Whether talker and speaker encoder have learnt enough, and the code predictor alone goes on."""
         self.n_steps = 0
-        self.odd = torch.zeros((), device=device)
-        """How many steps had a loss or gradients that are not finite."""
+        self.n_failed, self.in_a_row, self.most_in_a_row = (torch.zeros((), device=device) for _ in range(3))
         self.autocast: AbstractContextManager[Any] = nullcontext()
 
     def acoustic(self, codes: Tensor) -> Tensor:
@@ -403,7 +401,8 @@ class Trainer:
         return total
 
     def step(self, batch: Batch) -> None:
-        """One train step on ``batch``, with noisy linears. Waits for nothing, so that a GPU never does."""
+        """One train step on ``batch``, with noisy linears. A step whose loss or gradient is not finite is left out: the
+        fused optimizer sees to that by itself, so that nothing waits for the device (see `verify`)."""
         with torch.no_grad():
             self.disturb()
         loss = self.loss(batch)
@@ -411,15 +410,25 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             torch._foreach_copy_(self.linears, self.clean)
-            if self.ranks.world > 1:
-                # One without a gradient here has none anywhere: that hangs on the moment alone.
-                self.ranks.mean([p.grad for p in self.parameters if p.grad is not None])
+            # One without a gradient here has none anywhere: that hangs on the moment alone.
+            now = loss.detach().clone()
+            self.ranks.mean([*(p.grad for p in self.parameters if p.grad is not None), now])
             norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.odd += ~(norm.isfinite() & loss.isfinite())
+            failed = (~(norm.isfinite() & now.isfinite())).float()
+            self.n_failed += failed
+            self.in_a_row.add_(1.0).mul_(failed)
+            self.most_in_a_row.copy_(torch.maximum(self.most_in_a_row, self.in_a_row))
+            self.optimizer.found_inf = failed  # type: ignore[attr-defined]
             self.optimizer.step()
             decay = min(self.settings.ema_decay, (1.0 + self.n_steps) / (10.0 + self.n_steps))
             torch._foreach_lerp_(self.ema, list[Tensor](self.parameters), 1.0 - decay)
         self.n_steps += 1
+
+    def verify(self) -> int:
+        """How many steps failed so far. Raises FloatingPointError where five in a row did."""
+        if self.most_in_a_row >= 5:
+            raise FloatingPointError("five steps in a row were not finite")
+        return int(self.n_failed)
 
     def disturb(self) -> None:
         """Adds noise to the linears; ``clean`` keeps what they were."""
@@ -643,13 +652,12 @@ class Watch:
             traceback.print_exc()
 
     def look(self, elapsed_s: float) -> None:
-        """What is due after a step. Raises FloatingPointError when a step was not finite."""
+        """What is due after a step. Raises FloatingPointError when five in a row were not finite."""
         trainer, step = self.trainer, self.trainer.n_steps
         if step % self.every[0] == 0 or step == 1:
             values = dict(zip(_REPORTED, trainer.report.tolist(), strict=True))
-            self.tell("trained", elapsed_s, values | {"ms a step": 1e3 * (elapsed_s - self.begun_s) / step})
-            if trainer.odd:
-                raise FloatingPointError(f"{int(trainer.odd)} steps were not finite")
+            pace = {"ms a step": 1e3 * (elapsed_s - self.begun_s) / step, "failed": float(trainer.verify())}
+            self.tell("trained", elapsed_s, values | pace)
         if step % self.every[1] == 0:
             self.check(elapsed_s)
         if elapsed_s > self.saved_s + 60.0:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RATE_HZ = 24_000
-FRAME = 1920
-"""Samples a frame, as the codec cuts them (80 ms)."""
+from training.data import RATE_HZ
+from training.recipe import SAMPLES_PER_FRAME as FRAME
+
 _FFT, _HOP = 1024, 256
 _LIFTER_S = 1.6e-3
 """What varies faster along the frequency axis is pitch (up to 350 Hz), not the throat."""
