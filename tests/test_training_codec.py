@@ -75,7 +75,7 @@ def test_clips_encoded_together_have_the_codes_of_each_alone_but_at_its_end() ->
     coding.books.normal_()
     clips = [_noise(n, n) for n in (2, 5, 1, 4)]
     assert batches([2, 5, 1, 4], 10) == [[1, 3], [0, 2]]
-    together, alone = encode(coding, clips, limit=10), encode(coding, clips, limit=1)
+    together, alone = encode([coding], clips, limit=10), encode([coding, coding], clips, limit=1)
     for some, same, clip in zip(together, alone, clips, strict=True):
         assert some.shape == (len(clip) // _FRAME, recipe.N_CODEBOOKS)
         # What is said is heard causally; how it sounds is looked at a little beyond the frame.

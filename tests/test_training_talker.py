@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from quaver.model.codec_encoder import Codec
 from quaver.model.tts import TTS, Model
 from training import recipe, shards, talker
 
@@ -26,9 +25,9 @@ def _trainer(toy_tts: TTS) -> talker.Trainer:
     )
     examples = talker.Examples(encoded, references, texts, toy_tts.tokenizer, settings, torch.device("cpu"))
     config = talker.config_of(toy_tts.tokenizer, toy=True)
-    model, codec = Model(config), Codec(recipe.codec_config())
-    trainer = talker.Trainer(model.train(), examples, codec, toy_tts.tokenizer, config)
-    talker.initialise(model, trainer.readout, codec)
+    model, books = Model(config), torch.randn(recipe.N_CODEBOOKS, recipe.N_CODES, 64)
+    trainer = talker.Trainer(model.train(), examples, books, toy_tts.tokenizer, config)
+    talker.initialise(model, trainer.readout, books)
     return trainer
 
 

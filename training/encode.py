@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -36,31 +37,43 @@ def batches(n_frames: list[int], limit: int = _BATCH_FRAMES) -> list[list[int]]:
     return found
 
 
-@torch.no_grad()
 def encode(
-    coding: Coding, clips: list[np.ndarray], limit: int = _BATCH_FRAMES, log: Callable[[str], None] = print
+    codings: list[Coding], clips: list[np.ndarray], limit: int = _BATCH_FRAMES, log: Callable[[str], None] = print
 ) -> list[Tensor]:
-    """The codes int16 [T, 16] of every clip, int16 samples in whole frames."""
-    device = coding.books.device
+    """The codes int16 [T, 16] of every clip, int16 samples in whole frames. ``codings``: one on each device."""
     lengths = [len(clip) // recipe.SAMPLES_PER_FRAME for clip in clips]
     codes = [torch.zeros(0, recipe.N_CODEBOOKS, dtype=torch.int16)] * len(clips)
-    begun, logged, n_done = time.monotonic(), 0.0, 0
-    for batch in batches(lengths, limit):
-        # Few different shapes: a GPU picks its kernels anew for every one.
-        longest = -(-lengths[batch[0]] // 8) * 8
-        samples = np.zeros((len(batch), longest * recipe.SAMPLES_PER_FRAME), np.int16)
-        for row, i in zip(samples, batch, strict=True):
-            row[: len(clips[i])] = clips[i]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            said, sound, _ = coding(torch.from_numpy(samples).to(device).float() / 32768.0)
-        first, rest = quantizer.coded(said, coding.books[:1])[0], quantizer.coded(sound, coding.books[1:])[0]
-        whole = torch.cat((first, rest)).permute(1, 2, 0).to(torch.int16).cpu()
-        for row, i in zip(whole, batch, strict=True):
-            codes[i] = row[: lengths[i]].clone()
-            n_done += lengths[i]
-        if time.monotonic() - begun > logged + 10.0:
-            logged = time.monotonic() - begun
-            log(f"{logged:.0f} s: {n_done} of {sum(lengths)} frames")
+    begun, left, lock = time.monotonic(), iter(batches(lengths, limit)), Lock()
+    logged, n_done = 0.0, 0
+
+    @torch.no_grad()
+    def work(coding: Coding) -> None:
+        nonlocal logged, n_done
+        device = coding.books.device
+        while True:
+            with lock:
+                batch = next(left, None)
+            if batch is None:
+                return
+            # Few different shapes: a GPU picks its kernels anew for every one.
+            longest = -(-lengths[batch[0]] // 8) * 8
+            samples = np.zeros((len(batch), longest * recipe.SAMPLES_PER_FRAME), np.int16)
+            for row, i in zip(samples, batch, strict=True):
+                row[: len(clips[i])] = clips[i]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                said, sound, _ = coding(torch.from_numpy(samples).to(device).float() / 32768.0)
+            first, rest = quantizer.coded(said, coding.books[:1])[0], quantizer.coded(sound, coding.books[1:])[0]
+            whole = torch.cat((first, rest)).permute(1, 2, 0).to(torch.int16).cpu()
+            with lock:
+                for row, i in zip(whole, batch, strict=True):
+                    codes[i] = row[: lengths[i]].clone()
+                    n_done += lengths[i]
+                if time.monotonic() - begun > logged + 10.0:
+                    logged = time.monotonic() - begun
+                    log(f"{logged:.0f} s: {n_done} of {sum(lengths)} frames")
+
+    with ThreadPoolExecutor(len(codings)) as workers:
+        list(workers.map(work, codings))
     return codes
 
 
@@ -80,10 +93,10 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, required=True, help="what `training.encoder measure` wrote")
     parser.add_argument("--set", type=Path, action="append", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", help="such as cuda:1")
+    parser.add_argument("--device", nargs="+", help="such as cuda:1, or several")
     args = parser.parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    coding = open_coding(first_codec(args.first), args.latents, device)
+    devices = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
+    codings = [open_coding(first_codec(args.first), args.latents, torch.device(device)) for device in devices]
     begun = time.monotonic()
     listed = [clip for folder in args.set for clip in shards.spoken(folder)]
     names = sorted({clip.speaker for clip in listed})
@@ -97,7 +110,7 @@ def main() -> None:
     references = np.stack([reference(clips) for clips in said.values()])
     with ThreadPoolExecutor(1) as beside:
         written = beside.submit(shards.write_references, args.out, references, names)
-        codes = encode(coding, samples, log=lambda text: print(text, flush=True))
+        codes = encode(codings, samples, log=lambda text: print(text, flush=True))
         print(f"{time.monotonic() - begun:.0f} s: encoded", flush=True)
     encoded = shards.Encoded(
         torch.cat(codes),

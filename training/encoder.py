@@ -19,7 +19,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -56,19 +58,27 @@ class Coding(nn.Module):
             return said, self.latents(features), features
 
     @torch.no_grad()
-    def measure(self, draw: Callable[[], Tensor], n_batches: int) -> str:
-        """Fits axes and codebooks to ``n_batches`` of samples; says how much they tell."""
-        explained = self.latents.fit(draw() for _ in range(n_batches))
+    def measure(self, draw: Callable[[], Tensor], n_batches: int, *, axes: bool = True) -> str:
+        """Fits axes (or not ``axes``) and codebooks to ``n_batches`` of samples; says how much they tell.
+
+        The first acoustic codebooks tell nothing of the hum: no one can foresee it, and what a talker has to get right
+        must not hang on it.
+        """
+        explained = self.latents.fit(draw() for _ in range(n_batches)) if axes else 1.0
         found = [self(draw()) for _ in range(n_batches)]
         said, sound = (torch.cat([f[i].flatten(0, 1) for f in found]) for i in (0, 1))
         self.power.copy_(said.var(0).sum())
         first = quantizer.fit(said, 1, recipe.N_CODES)
-        rest = quantizer.fit(sound, recipe.N_CODEBOOKS - 1, recipe.N_CODES)
+        steady = quantizer.fit(sound @ self.latents.steady(), recipe.N_STEADY, recipe.N_CODES)
+        left = sound - quantizer.coded(sound, steady)[1]
+        rest = torch.cat((steady, quantizer.fit(left, recipe.N_CODEBOOKS - 1 - recipe.N_STEADY, recipe.N_CODES)))
         self.books.copy_(torch.cat((first, rest)))
         features = found[-1][2]
         whole = self.latents.told(found[-1][1], features)
-        coded = self.latents.told(quantizer.coded(found[-1][1], rest)[1], features)
-        kinds = ", ".join(f"{k} {whole[k]:.3f}, coded {coded[k]:.3f}" for k in WIDTHS)
+        few, coded = (
+            self.latents.told(quantizer.coded(found[-1][1], books)[1], features) for books in (steady[:3], rest)
+        )
+        kinds = ", ".join(f"{k} {whole[k]:.3f}, in three {few[k]:.3f}, coded {coded[k]:.3f}" for k in WIDTHS)
         missed = (quantizer.coded(said, first)[1] - said).square().sum(1).mean() / self.power
         return f"{explained:.3f} of all that sounds: {kinds}; what is said {1 - float(missed):.3f}; {len(said)} frames"
 
@@ -200,8 +210,9 @@ def check(odd: Tensor, n_steps: int) -> int:
     return found
 
 
-def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """``step`` as a CUDA graph, after three runs of it; unchanged where ``device`` is no GPU."""
+def captured(step: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
+    """``step`` as a CUDA graph, after three runs of it; unchanged where ``device`` is no GPU. Graphs of one ``pool``
+    share their memory: none may read what another left there."""
     if device.type != "cuda":
         return step
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -211,7 +222,7 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
@@ -262,7 +273,7 @@ def main() -> None:
     parser.add_argument("--set", type=Path, action="append", required=True, help="a synthesized set")
     parser.add_argument("--hours", type=float, default=12.0, help="of speech to learn from, all speakers alike")
     parser.add_argument("--first", type=Path, required=True, help="a trained codec's safetensors file")
-    parser.add_argument("--latents", type=Path, help="what `measure` wrote")
+    parser.add_argument("--latents", type=Path, help="what `measure` wrote; to measure: axes to keep")
     parser.add_argument("--resume", type=Path, help="codec parts whose encoder goes on")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=240.0)
@@ -288,7 +299,8 @@ def main() -> None:
     coding = open_coding(codec, args.latents, device)
     if args.what == "measure":
         n = 4 if args.toy else 200
-        log(coding.measure(lambda: pool.draw(settings.batch, settings.n_frames, settings.changed), n))
+        draw = partial(pool.draw, settings.batch, settings.n_frames, settings.changed)
+        log(coding.measure(draw, n, axes=args.latents is None))
         parts.write(args.out, "coding", coding.state(), torch.float32)
         return
     if args.resume:

@@ -156,6 +156,14 @@ class Latents(nn.Module):
         out: Tensor = self.normal(features) @ self.axes
         return out
 
+    def steady(self) -> Tensor:
+        """The projection [D, D] of latents on those of their directions that tell nothing of the hum."""
+        hum = self.axes[-WIDTHS["hum"] :]
+        share, directions = torch.linalg.eigh(hum.T @ hum)
+        kept = directions[:, share < 0.5]
+        found: Tensor = kept @ kept.T
+        return found
+
     def told(self, latents: Tensor, features: Tensor) -> dict[str, float]:
         """The share of the power of every kind of ``features`` that is read linearly off ``latents``."""
         wanted, at = self.normal(features), 0

@@ -10,6 +10,8 @@ from quaver.config import CodecConfig, parse
 N_CODEBOOKS = 16
 N_CODES = 384
 SAMPLES_PER_FRAME = 1920
+N_STEADY = 6
+"""How many codebooks, from codebook 1 on, tell nothing of the phase of the voice."""
 
 CODEC: dict[str, Any] = {
     "architectures": ["Qwen3TTSTokenizerV2Model"],
@@ -236,8 +238,8 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
 class TalkerRecipe:
     """How talker, code predictor and speaker encoder are trained together; seconds are of wall clock."""
 
-    n_positions: int = 352
-    """The longest example, prompt and frames together."""
+    lengths: tuple[int, ...] = (48, 64, 80, 96, 112, 128, 160, 192, 256, 352)
+    """To how many positions examples are filled up, prompt and frames together."""
     budget: int = 40_000
     """Positions in a step, padding included."""
     n_rows: int = 384

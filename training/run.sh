@@ -18,27 +18,34 @@ left() { echo $((end - $(date +%s) - $1)); }
 device() { [ -n "$toy" ] && echo cpu || echo "cuda:$1"; }
 several() { [ -n "$toy" ] && echo python3 || echo python3 -m torch.distributed.run --nproc-per-node=2 --master-port "$1"; }
 
+sets=()
+for gpu in 0 1 2 3; do sets+=(--set "$work/sets/$gpu"); done
+[ -n "$toy" ] && sets=(--set "$work/sets/0")
+speakers=()
 if [ -z "$toy" ] && [ ! -e "$work/sets/.spoken" ]; then
-    spoken=()
     for gpu in 0 1 2 3; do
         python3 -m training.kokoro speak --jobs "$work/jobs-$((gpu % 2)).xz" --weights "$work"/kokoro* --styles "$work/styles.npz" \
-            --out "$work/sets/$gpu" --share "$gpu/4" --seconds "${SPEECH:-100}" --device "cuda:$gpu" > "$logs/speech-$gpu.log" 2>&1 &
-        spoken+=($!)
+            --out "$work/sets/$gpu" --share "$((gpu / 2))/2" --seconds "${SPEECH:-130}" --device "cuda:$gpu" > "$logs/speech-$gpu.log" 2>&1 &
+        speakers+=($!)
     done
-    for process in "${spoken[@]}"; do wait "$process"; done
-    touch "$work/sets/.spoken"
+    sleep "${ENOUGH:-60}"
 fi
-sets=()
-for set in "$work"/sets/*; do sets+=(--set "$set"); done
 
-# Both need about a minute before their clock starts, or some seconds after it stands still.
+# The codebooks anew, and then the decoder, from what has been spoken by now.
+python3 -m training.encoder measure "${sets[@]}" --hours 6 --first $first --latents $begun --out "$work/latents" --device "$(device 0)" $toy \
+    > "$logs/measure.log" 2>&1
+# The decoder and the talker need about a minute before their clocks start, and some seconds after they stand still.
 # shellcheck disable=SC2046
-$(several 29601) -m training.decoder "${sets[@]}" --hours 30 --first $first --latents $begun --encoder $begun --resume $begun --drawn 0 \
+$(several 29601) -m training.decoder "${sets[@]}" --hours 30 --first $first --latents "$work/latents" --encoder $begun --resume $begun --drawn 0 \
     --out "$work/decoder" --seconds "$(left "${AROUND:-100}")" --device "$(device 2)" $toy > "$logs/decoder.log" 2>&1 &
 decoder=$!
-python3 -m training.encode "${sets[@]}" --first $first --latents $begun --out "$work/encoded" --device "$(device 0)" > "$logs/encode.log" 2>&1
+for speaker in "${speakers[@]}"; do wait "$speaker"; done
+[ -n "$toy" ] || touch "$work/sets/.spoken"
+python3 -m training.encode "${sets[@]}" --first $first --latents "$work/latents" --out "$work/encoded" \
+    --device "$(device 0)" $([ -n "$toy" ] || device 1) > "$logs/encode.log" 2>&1
 # shellcheck disable=SC2046
-$(several 29602) -m training.talker --set "$work/encoded" --texts "$work/texts.jsonl" --codec $begun/codec --tokenizer "$work/text" \
-    --out "$work/talker" --seconds "$(left "${AROUND:-75}")" --device "$(device 0)" $([ -n "$toy" ] || echo --bf16) $toy > "$logs/talker.log" 2>&1
+$(several 29602) -m training.talker --set "$work/encoded" --texts "$work/texts.jsonl" --latents "$work/latents" \
+    --tokenizer "$work/text" --out "$work/talker" --seconds "$(left "${AROUND:-80}")" --device "$(device 0)" \
+    $([ -n "$toy" ] || echo --bf16 --compile) $toy > "$logs/talker.log" 2>&1
 wait $decoder
 [ -n "$toy" ] || python3 -m training.export --codec "$work/decoder/codec" --talker "$work/talker/talker" --tokenizer "$work/text" --out "$work/tiny"

@@ -1,13 +1,13 @@
 r"""Train talker, code predictor and speaker encoder together on an encoded set: any sentence, any voice.
 
-    python -m training.talker --set SET --texts .data/texts.jsonl --codec ENCODER/codec --tokenizer TEXT \
+    python -m training.talker --set SET --texts .data/texts.jsonl --latents LATENTS --tokenizer TEXT \
         --out OUT --seconds 780
 
-On one GPU or, with torchrun, several (or a CPU, with `--toy`). SET is what `training.encode` wrote, ENCODER the OUT of
-`training.encoder`: of the codec the codebooks alone are used. Writes OUT/talker-*.safetensors (the running mean of the
-weights, bf16, see `training.parts`) every minute, OUT/best-*.safetensors at the lowest held-out loss after two fifths
-of the time, OUT/curve.jsonl with what `Trainer.judged` finds on held-out sentences, and OUT/said.safetensors with a few
-sentences spoken.
+On one GPU or, with torchrun, several (or a CPU, with `--toy`). SET is what `training.encode` wrote, LATENTS the OUT of
+`training.encoder measure`: of the codec the codebooks alone are used. Writes OUT/talker-*.safetensors (the running mean
+of the weights, bf16, see `training.parts`) every minute, OUT/best-*.safetensors at the lowest held-out loss after two
+fifths of the time, OUT/curve.jsonl with what `Trainer.judged` finds on held-out sentences, and OUT/said.safetensors
+with a few sentences spoken.
 
 Each example is a sentence in one voice, its speaker vector taken from a changed excerpt of that speaker. What was heard
 is made unreliable, up to nothing true at all: a model that may trust it reads neither text nor voice. Two heads are
@@ -22,8 +22,9 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -44,13 +45,16 @@ from quaver.model.tts import TTS, Layout, Model, Utterance
 from quaver.sampling import Sampling
 from quaver.text import Tokenizer
 from quaver.voice import Voice
-from training import parts, quantizer, recipe, shards, stack
+from training import parts, recipe, shards, stack
+from training.encoder import captured, keep
 from training.plans import Plan, Planner, Speech, length
 from training.ranks import Ranks
 from training.tokenizer import spelled
 
 HELD_OUT_EVERY, HELD_OUT = 50, 7
 """Texts whose number leaves this rest are never trained on."""
+PROMPT = 9
+"""The fewest positions beside the frames."""
 _IGNORED = -100
 _REPORTED = ("codebook 0", "right", "latent", "codebook 1", "codebook 5", "mean of 1 to 15", "voices", "stray")
 
@@ -144,24 +148,20 @@ class Examples:
         spelling = rng.integers(self.n_text.shape[1], size=n)
         for _ in range(2):
             size = self._size(clip, reference, told, whole, unnamed, spelling)
-            long = size > s.n_positions
+            long = size > s.lengths[-1]
             whole &= ~(long & ~told)
             told &= ~long
         size = self._size(clip, reference, told, whole, unnamed, spelling)
         rows = np.stack([clip, reference, told, whole, unnamed, spelling]).astype(np.int64)
-        order = np.argsort(size + 8.0 * rng.random(n))
-        order = order[size[order] <= s.n_positions]
         cut = []
-        while len(order):
-            longest = -(-int(size[order[-s.n_rows :]].max()) // 8) * 8
-            n_rows = min(max(1, s.budget // longest), len(order), s.n_rows)
-            cut.append(self.batch(rows[:, order[-n_rows:]], longest))
-            order = order[:-n_rows]
+        for shorter, longest in pairwise((0, *s.lengths)):
+            chosen = rng.permutation(((size > shorter) & (size <= longest)).nonzero()[0])
+            n_rows = min(max(1, s.budget // longest), s.n_rows)
+            for at in range(0, len(chosen), n_rows):
+                # Few shapes, each a CUDA graph: what is missing in the last batch is made up for by the first.
+                some = np.resize(np.concatenate((chosen[at : at + n_rows], chosen)), n_rows)
+                cut.append(Batch(torch.from_numpy(rows[:, some]), longest, longest - PROMPT))
         return [cut[i] for i in rng.permutation(len(cut))]
-
-    def batch(self, rows: np.ndarray, n_positions: int) -> Batch:
-        """The examples ``rows`` [6, B] as a batch, still on the host."""
-        return Batch(torch.from_numpy(rows), n_positions, int(self.n_frames[rows[0]].max()))
 
     def fixed(self, n: int, *, whole: bool) -> Batch:
         """``n`` held-out examples, always the same ones, in one layout and without reference."""
@@ -169,8 +169,8 @@ class Examples:
         none, all_ = np.zeros(len(clip), np.int64), np.full(len(clip), int(whole))
         rows = np.stack([clip, clip, none, all_, none, none])
         size = self._size(clip, clip, none > 0, all_ > 0, none > 0, none)
-        kept = size <= self.settings.n_positions
-        return self.batch(rows[:, kept], int(size[kept].max()))
+        kept = size <= self.settings.lengths[-1]
+        return Batch(torch.from_numpy(rows[:, kept]), int(size[kept].max()), int(self.n_frames[clip[kept]].max()))
 
     def _size(self, *drawn: np.ndarray) -> np.ndarray:
         clip, reference, told, whole, unnamed, spelling = map(torch.from_numpy, drawn)
@@ -223,7 +223,7 @@ class Trainer:
         self,
         model: Model,
         examples: Examples,
-        codec: Codec,
+        books: Tensor,
         tokenizer: Tokenizer,
         config: ModelConfig,
         ranks: Ranks | None = None,
@@ -233,7 +233,7 @@ class Trainer:
         self.device = device = examples.device
         self.planner = Planner(config, tokenizer, examples.tokens)
         hidden, n_books = config.talker_config.hidden_size, recipe.N_CODEBOOKS
-        books = torch.stack([book.embedding.detach() for book in quantizer.codebooks(codec.encoder)]).to(device)
+        books = books.to(device)
         self.latents = books[1:].flatten(0, 1)
         # What a hidden state says of the frame's acoustic latent, read off linearly; it is not part of the model.
         self.readout = nn.Linear(hidden, books.shape[2]).to(device)
@@ -244,41 +244,49 @@ class Trainer:
         self.power = self.acoustic(examples.codes[some].long()).var(0).sum()
         self.parameters = [*model.parameters(), *self.readout.parameters(), self.voices]
         self.ema = [p.detach().clone() for p in self.parameters]
-        decoders = (model.talker.model.layers, model.talker.code_predictor.model.layers)
+        predictor = model.talker.code_predictor
+        decoders = (model.talker.model.layers, predictor.model.layers)
         self.linears = [m.weight for layers in decoders for m in layers.modules() if isinstance(m, nn.Linear)]
         self.clean = [w.detach().clone() for w in self.linears]
-        self.spread = [0.0] * len(self.linears)
-        later = {id(p) for p in model.talker.code_predictor.parameters()}
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [p for p in self.parameters if (p.dim() > 1) == flat and (id(p) in later) == last],
-                "weight_decay": self.settings.weight_decay if flat else 0.0,
-                "last": last,
-            }
-            for flat in (True, False)
-            for last in (True, False)
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.95), fused=True)
+        self.spread = [torch.zeros((), device=device) for _ in self.linears]
+        # The talker hears by the predictor's tables of codes.
+        late = {id(p) for n, p in predictor.named_parameters() if "codec_embedding" not in n}
+        self.early, self.late = ([p for p in self.parameters if (id(p) in late) == last] for last in (False, True))
+        self.lr = [torch.zeros((), device=device) for _ in range(2)]
+        self.optimizers = [self._optimizer(*both) for both in zip((self.early, self.late), self.lr, strict=True)]
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
         # The first of them are heard most.
         weight = 0.8 ** torch.arange(n_books - 1, device=device)
         self.book_weight = weight / weight.sum()
-        self.report = torch.zeros(len(_REPORTED), device=device)
-        self.noise, self.guidance, self.harshness, self.learning = 0.0, 0.0, 1.0, True
+        self.report, self.now = (torch.zeros(len(_REPORTED), device=device) for _ in range(2))
+        self.loss_now = torch.zeros((), device=device)
+        self.noise, self.guidance, self.harshness, self.following = (torch.zeros((), device=device) for _ in range(4))
+        self.guided, self.learning = False, True
         self.settled = False
         """Whether talker and speaker encoder have learnt enough, and the code predictor alone goes on."""
         self.n_steps = 0
         self.n_failed, self.in_a_row, self.most_in_a_row = (torch.zeros((), device=device) for _ in range(3))
         self.autocast: AbstractContextManager[Any] = nullcontext()
+        self._captured: dict[tuple[int, bool, bool], tuple[Tensor, Callable[[], None]]] = {}
+        self._updates: dict[bool, Callable[[], None]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def _optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> torch.optim.AdamW:
+        flat, rest = ([p for p in parameters if (p.dim() > 1) == many] for many in (True, False))
+        groups = [{"params": flat, "weight_decay": self.settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        on_gpu = self.device.type == "cuda"
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
 
     def acoustic(self, codes: Tensor) -> Tensor:
         """The acoustic latents [N, d] that codebooks 1 and on of ``codes`` int64 [N, Q] add up to."""
         return F.embedding_bag(codes[:, 1:] + self.book_rows, self.latents, mode="sum")
 
-    def vectors(self, speaker: Tensor) -> tuple[Tensor, Tensor]:
+    def vectors(self, speaker: Tensor, half_seconds: int) -> tuple[Tensor, Tensor]:
         """Noisy speaker vectors [B, D], and how far their directions are from telling the speakers apart."""
         encoder = self.model.speaker_encoder
         assert encoder is not None
-        n_samples = speaker_encoder.SAMPLE_RATE_HZ * int(self.examples.rng.integers(4, 9)) // 2
+        n_samples = speaker_encoder.SAMPLE_RATE_HZ * half_seconds // 2
         n_samples = min(n_samples, self.examples.references.shape[1] // 2)
         samples = self.examples.changed(speaker, n_samples)
         with torch.autocast(self.device.type, enabled=False):
@@ -348,7 +356,7 @@ class Trainer:
             "logits": logits, "each": each.view_as(wanted), "wanted": wanted, "spoken": spoken, "last": last,
             "state": state, "codes": codes, "n": said.n_frames,
         }  # fmt: skip
-        if self.guidance and self.learning:
+        if self.guided and self.learning:
             pace = (time_ + 0.5) / n
             place = torch.arange(batch.n_positions, device=self.device) - plan.spoken[:, None]
             share = (place + 0.5) / said.n_text[:, None]
@@ -369,9 +377,11 @@ class Trainer:
         tables = stack.code_tables(talker)
         # The talker hears by the same tables: once it is settled they stay.
         embedded = F.embedding(given[:, :-1] + self.code_rows[:-1], tables.detach() if self.settled else tables)
-        guessed = stack.force(talker.code_predictor, found["state"][row, frame], embedded)
-        guessed = guessed.float()
-        each = F.cross_entropy(guessed.transpose(1, 2), codes[:, 1:], reduction="none")
+        state = found["state"][row, frame]
+        # One that wants gradients always: what was compiled is compiled for that.
+        state = state if state.requires_grad or not torch.is_grad_enabled() else state.requires_grad_()
+        guessed = stack.force(talker.code_predictor, state, embedded)
+        each: Tensor = stack.surprise(guessed, codes[:, 1:])
         return each.mean(0)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -381,7 +391,7 @@ class Trainer:
         n_frames = s.n_frames_settled if self.settled else s.n_frames
         with self.autocast:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settled):
-                vectors, unsure = self.vectors(speaker)
+                vectors, unsure = self.vectors(speaker, 4 + batch.n_positions // 8 % 5)
                 found = self.spoken(batch, self.rates(len(speaker)), vectors)
             spoken, last = found["spoken"], found["last"]
             weight = spoken + s.stop_weight * last
@@ -389,40 +399,87 @@ class Trainer:
             latents = self.acoustic(found["codes"].flatten(0, 1)).view(*spoken.shape, -1)
             miss = (self.readout(found["state"]).float() - latents).square().sum(-1)
             unlike = (miss * spoken).sum() / spoken.sum() / self.power
-            each = self.residual(found, -(-n_frames // len(speaker)), torch.tensor(0.1, device=self.device))
+            each = self.residual(found, -(-n_frames // len(speaker)), torch.full((), 0.1, device=self.device))
         stray = found.get("stray", first.detach() * 0.0)
         right = ((found["logits"].argmax(-1) == found["wanted"]) & spoken).sum() / spoken.sum()
         now = torch.stack([first, right, unlike, each[0], each[4], each.mean(), unsure, stray]).detach()
-        now = now.nan_to_num(1e3, 1e3, 1e3)
-        self.report = now if not self.n_steps else self.report.lerp(now, 0.05)
+        self.now.copy_(now.nan_to_num(1e3, 1e3, 1e3))
         rest = 2.0 * unlike + 2.0 * (each * self.book_weight).sum() + 0.5 * unsure + self.guidance * stray
         # What is said hangs on codebook 0 alone.
         total: Tensor = 2.0 * first + rest
         return total
 
-    def step(self, batch: Batch) -> None:
-        """One train step on ``batch``, with noisy linears. A step whose loss or gradient is not finite is left out: the
-        fused optimizer sees to that by itself, so that nothing waits for the device (see `verify`)."""
+    def differentiate(self, batch: Batch) -> None:
+        """Leaves the gradients of ``batch``, seen with noisy linears, in those who learn, and its loss."""
+        learning = self.late if self.settled else self.parameters
         with torch.no_grad():
             self.disturb()
         loss = self.loss(batch)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = torch.autograd.grad(loss, learning)
         with torch.no_grad():
             torch._foreach_copy_(self.linears, self.clean)
-            # One without a gradient here has none anywhere: that hangs on the moment alone.
-            now = loss.detach().clone()
-            self.ranks.mean([*(p.grad for p in self.parameters if p.grad is not None), now])
-            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            failed = (~(norm.isfinite() & now.isfinite())).float()
+            keep(learning, gradients)
+            self.loss_now.copy_(loss)
+
+    def update(self) -> None:
+        """Takes a step of those who learn. One whose loss or gradient is not finite is left out: the fused optimizer
+        sees to that by itself, so that nothing waits for the device (see `verify`)."""
+        learning, optimizers = (self.late, self.optimizers[1:]) if self.settled else (self.parameters, self.optimizers)
+        with torch.no_grad():
+            norm = nn.utils.clip_grad_norm_(learning, 1.0)
+            failed = (~(norm.isfinite() & self.loss_now.isfinite())).float()
             self.n_failed += failed
             self.in_a_row.add_(1.0).mul_(failed)
             self.most_in_a_row.copy_(torch.maximum(self.most_in_a_row, self.in_a_row))
-            self.optimizer.found_inf = failed  # type: ignore[attr-defined]
-            self.optimizer.step()
-            decay = min(self.settings.ema_decay, (1.0 + self.n_steps) / (10.0 + self.n_steps))
-            torch._foreach_lerp_(self.ema, list[Tensor](self.parameters), 1.0 - decay)
+            for optimizer in optimizers:
+                optimizer.found_inf = failed  # type: ignore[attr-defined]
+                optimizer.step()
+            apart = torch._foreach_sub(list[Tensor](self.parameters), self.ema)
+            torch._foreach_mul_(apart, self.following)
+            torch._foreach_add_(self.ema, apart)
+
+    def step(self, batch: Batch) -> None:
+        """One train step on ``batch``: on a GPU two CUDA graphs, the first that of the batch's shape, and between them
+        the mean of all processes' gradients."""
+        if self.n_steps % 100 == 0:
+            for kept, linear in zip(self.spread, self.linears, strict=True):
+                kept.copy_(linear.detach().std())
+        self.following.fill_(1.0 - min(self.settings.ema_decay, (1.0 + self.n_steps) / (10.0 + self.n_steps)))
+        key = batch.n_positions, self.guided, self.settled
+        if key not in self._captured:
+            rows = batch.rows.to(self.device)
+            shaped = Batch(rows, batch.n_positions, batch.n_frames)
+            self._captured[key] = rows, captured(lambda: self.differentiate(shaped), self.device, self._pool)
+        rows, differentiate = self._captured[key]
+        rows.copy_(batch.rows)
+        differentiate()
+        learning = self.late if self.settled else self.parameters
+        self.ranks.mean([*(p.grad for p in learning if p.grad is not None), self.loss_now])
+        if self.settled not in self._updates:
+            self._updates[self.settled] = self._first_update()
+        self._updates[self.settled]()
+        self.report.lerp_(self.now, 0.05 if self.n_steps else 1.0)
         self.n_steps += 1
+
+    def _first_update(self) -> Callable[[], None]:
+        """`update`, captured; the runs before that leave nothing as they find it but the optimizers' state made."""
+        rates = [float(lr) for lr in self.lr]
+        for lr in self.lr:
+            lr.fill_(0.0)
+        loss, following = self.loss_now.clone(), self.following.clone()
+        self.loss_now.fill_(math.nan)
+        self.following.fill_(0.0)
+        before = [x.clone() for x in (self.n_failed, self.in_a_row, self.most_in_a_row)]
+        grads = [p.grad.clone() for p in self.parameters if p.grad is not None]
+        step = captured(self.update, self.device, self._pool)
+        keep(self.parameters, tuple(grads))
+        for kept, was in zip((self.n_failed, self.in_a_row, self.most_in_a_row), before, strict=True):
+            kept.copy_(was)
+        self.loss_now.copy_(loss)
+        self.following.copy_(following)
+        for lr, rate in zip(self.lr, rates, strict=True):
+            lr.fill_(rate)
+        return step
 
     def verify(self) -> int:
         """How many steps failed so far. Raises FloatingPointError where five in a row did."""
@@ -433,27 +490,23 @@ class Trainer:
     def disturb(self) -> None:
         """Adds noise to the linears; ``clean`` keeps what they were."""
         torch._foreach_copy_(self.clean, self.linears)
-        if self.n_steps % 100 == 0:
-            self.spread = torch.stack([w.std() for w in self.linears]).tolist()
-        drawn = torch.randn(sum(w.numel() for w in self.linears), device=self.device)
+        drawn = torch.randn(sum(w.numel() for w in self.linears), device=self.device) * self.noise
         pieces = torch.split(drawn, [w.numel() for w in self.linears])
-        noise = [piece.view_as(w) for piece, w in zip(pieces, self.linears, strict=True)]
-        torch._foreach_mul_(noise, [self.noise * spread for spread in self.spread])
+        noise = [piece.view_as(w) * spread for piece, w, spread in zip(pieces, self.linears, self.spread, strict=True)]
         torch._foreach_add_(self.linears, noise)
 
     def pace(self, elapsed_s: float) -> None:
-        """Sets learning rate, weight noise, guidance, harshness and who learns for a moment of the run."""
+        """Sets learning rates, weight noise, guidance, harshness and who learns for a moment of the run."""
         s = self.settings
         share = min(1.0, elapsed_s / s.total_s)
         warm = s.lr * min(1.0, (elapsed_s - s.elapsed_s + 0.5) / s.warmup_s)
-        for group in self.optimizer.param_groups:
-            gone = share if group["last"] else min(1.0, share / s.settled)
-            group["lr"] = warm * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone)))
-        self.noise = s.weight_noise * min(1.0, 2.0 * share)
-        self.guidance = s.guidance * max(0.0, 1.0 - 2.0 * share)
+        for lr, gone in zip(self.lr, (min(1.0, share / s.settled), share), strict=True):
+            lr.fill_(warm * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone))))
+        self.noise.fill_(s.weight_noise * min(1.0, 2.0 * share))
+        self.guidance.fill_(s.guidance * max(0.0, 1.0 - 2.0 * share))
         # Once the text is read, what was heard may be trusted more: the codes of a frame hang on those before it.
-        self.harshness = max(s.least_harsh, min(1.0, 2.0 - 2.0 * share))
-        self.settled = share >= s.settled
+        self.harshness.fill_(max(s.least_harsh, min(1.0, 2.0 - 2.0 * share)))
+        self.guided, self.settled = share < 0.5, share >= s.settled
 
     def averaged(self) -> dict[str, Tensor]:
         """The model's state with the running mean of its parameters."""
@@ -539,7 +592,7 @@ def disturbed(codes: Tensor, rate: Tensor) -> Tensor:
     return torch.where(wrong, torch.randint(recipe.N_CODES, codes.shape, device=codes.device), codes)
 
 
-def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
+def initialise(model: Model, readout: nn.Linear, books: Tensor) -> None:
     """Small normal weights, text as loud as speech, and tables of codes in the geometry of the codec.
 
     Text embeddings through two layers of small weights would be a thousandth of the codes they are added to: the model
@@ -556,7 +609,6 @@ def initialise(model: Model, readout: nn.Linear, codec: Codec) -> None:
     nn.init.normal_(talker.model.text_embedding.weight)
     for linear, std in ((talker.text_projection.linear_fc1, 1.0), (talker.text_projection.linear_fc2, 0.5)):
         nn.init.normal_(linear.weight, std=std * linear.in_features**-0.5)
-    books = [book.embedding for book in quantizer.codebooks(codec.encoder)]
     hidden = talker.config.hidden_size
     axes = torch.linalg.qr(torch.randn(hidden, 2 * books[0].shape[1]))[0].T
     first_axes, axes = axes[: books[0].shape[1]], axes[books[0].shape[1] :]
@@ -624,7 +676,7 @@ class Watch:
         self.curve = (out / "curve.jsonl").open("a", encoding="utf-8")
         self.begun_s = self.saved_s = self.said_s = trainer.settings.elapsed_s
         self.best = math.inf
-        self.every = (50, 400) if trainer.device.type == "cuda" else (5, 25)
+        self.every = (100, 1000) if trainer.device.type == "cuda" else (5, 25)
 
     def tell(self, kind: str, elapsed_s: float, values: dict[str, float]) -> None:
         """Writes and prints ``values``."""
@@ -672,7 +724,8 @@ def run(trainer: Trainer, engine: Engine, out: Path, n_judged: int) -> None:
     batches, elapsed = trainer.examples.batches(), settings.elapsed_s
     ranks.start(elapsed)
     while elapsed < settings.total_s:
-        trainer.pace(elapsed)
+        if not on_gpu or trainer.n_steps % 10 == 0:
+            trainer.pace(elapsed)
         trainer.step(next(batches))
         if watch:
             watch.look(elapsed)
@@ -689,7 +742,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", type=Path, required=True, help="the folder of the encoded set")
     parser.add_argument("--texts", type=Path, required=True, help="texts.jsonl")
-    parser.add_argument("--codec", type=Path, required=True, help="FOLDER/NAME of the trained codec's parts")
+    parser.add_argument("--latents", type=Path, required=True, help="where the codebooks are")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=780.0)
@@ -702,7 +755,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder stack")
+    parser.add_argument("--compile", action="store_true", help="torch.compile layers and losses")
     parser.add_argument("--toy", action="store_true", help="fewer layers and tiny steps, on a CPU")
     return parser.parse_args()
 
@@ -739,24 +792,24 @@ def main() -> None:
     if settings.joined:
         encoded, texts = joined(encoded, texts, settings.joined, settings.n_joined, settings.seed)
     examples = Examples(encoded, shards.read_references(args.set), texts, tokenizer, settings, device)
-    codec = Codec(recipe.codec_config())
-    codec.load_state_dict(parts.read(args.codec.parent, args.codec.name))
+    books = parts.read(args.latents, "coding")["books"]
     model = Model(config)
-    readout = nn.Linear(config.talker_config.hidden_size, codec.encoder.config.codebook_dim)
-    initialise(model, readout, codec)
+    readout = nn.Linear(config.talker_config.hidden_size, books.shape[2])
+    initialise(model, readout, books)
     if args.resume:
         model.load_state_dict(parts.read(args.resume.parent, args.resume.name))
-    trainer = Trainer(model.train().to(device), examples, codec, tokenizer, config, ranks)
+    trainer = Trainer(model.train().to(device), examples, books, tokenizer, config, ranks)
     with torch.no_grad():
         trainer.readout.load_state_dict(readout.state_dict())
         torch._foreach_copy_(trainer.ema, list[Tensor](trainer.parameters))
-    if device.type == "cuda":
+    if args.compile:
+        stack.fuse()
+    if device.type == "cuda" or args.compile:
         stack.settle(model.talker, device)
+    if device.type == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if args.bf16:
         trainer.autocast = torch.autocast(device.type, dtype=torch.bfloat16)
-    if args.compile:
-        stack.states = torch.compile(stack.states, dynamic=True)
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
     hours, frames = len(examples.codes) / 12.5 / 3600.0, float(examples.n_frames.mean())
     print(
