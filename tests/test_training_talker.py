@@ -52,10 +52,10 @@ def test_once_settled_the_code_predictor_alone_learns(toy_tts: TTS) -> None:
     # Neither the talker's own weights nor the tables by which it hears the codes.
     assert late <= predictor
     assert "talker.code_predictor.model.layers.0.mlp.up_proj.weight" in late
-    assert trainer.verify() == 0
+    assert trainer.n_failed == 0
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_five_in_a_row_end_the_run(toy_tts: TTS) -> None:
+def test_a_step_that_is_not_finite_is_left_out_and_after_five_in_a_row_the_run_goes_back(toy_tts: TTS) -> None:
     trainer = _trainer(toy_tts)
     batches = trainer.examples.batches()
     trainer.pace(20.0)
@@ -65,11 +65,21 @@ def test_a_step_that_is_not_finite_is_left_out_and_five_in_a_row_end_the_run(toy
     trainer.loss = lambda batch: real(batch) * float("nan")
     for n_failed in range(1, 5):
         trainer.step(next(batches))
-        assert trainer.verify() == n_failed
+        trainer.secure()
+        assert trainer.n_failed == n_failed
     assert all(torch.equal(p, old) for p, old in zip(trainer.parameters, before, strict=True))
-    trainer.step(next(batches))
-    with pytest.raises(FloatingPointError, match="five steps in a row"):
-        trainer.verify()
+    with torch.no_grad():
+        trainer.parameters[0].fill_(torch.nan)
+    for n_returned in range(1, 4):
+        for _ in range(5):
+            trainer.step(next(batches))
+        trainer.secure()
+        assert trainer.n_returns == n_returned
+        assert all(torch.equal(p, old) for p, old in zip(trainer.parameters, before, strict=True))
+    for _ in range(5):
+        trainer.step(next(batches))
+    with pytest.raises(FloatingPointError, match="five in a row"):
+        trainer.secure()
     trainer.loss = real
     trainer.step(next(batches))
     assert all(p.isfinite().all() for p in trainer.parameters)

@@ -46,6 +46,6 @@ python3 -m training.encode "${sets[@]}" --first $first --latents "$work/latents"
 # shellcheck disable=SC2046
 $(several 29602) -m training.talker --set "$work/encoded" --texts "$work/texts.jsonl" --latents "$work/latents" \
     --tokenizer "$work/text" --out "$work/talker" --seconds "$(left "${AROUND:-80}")" --device "$(device 0)" \
-    $([ -n "$toy" ] || echo --bf16 --compile) $toy > "$logs/talker.log" 2>&1
+    $([ -n "$toy" ] || echo --bf16 --compile) $toy > "$logs/talker.log" 2>&1 || echo "the talker ended early: $logs/talker.log" >&2
 wait $decoder
 [ -n "$toy" ] || python3 -m training.export --codec "$work/decoder/codec" --talker "$work/talker/talker" --tokenizer "$work/text" --out "$work/tiny"

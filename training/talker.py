@@ -56,6 +56,8 @@ HELD_OUT_EVERY, HELD_OUT = 50, 7
 PROMPT = 9
 """The fewest positions beside the frames."""
 _IGNORED = -100
+_LOUD = 2.0
+"""The root mean square of a speaker vector from which on it is too long; text and frames have some 0.4 and 0.2."""
 _REPORTED = ("codebook 0", "right", "latent", "codebook 1", "codebook 5", "mean of 1 to 15", "voices", "stray")
 
 
@@ -265,7 +267,8 @@ class Trainer:
         self.guided, self.learning = False, True
         self.settled = False
         """Whether talker and speaker encoder have learnt enough, and the code predictor alone goes on."""
-        self.n_steps = 0
+        self.n_steps, self.n_returns = 0, 0
+        self._remembered: list[Tensor] = []
         self.n_failed, self.in_a_row, self.most_in_a_row = (torch.zeros((), device=device) for _ in range(3))
         self.autocast: AbstractContextManager[Any] = nullcontext()
         self._captured: dict[tuple[int, bool, bool], tuple[Tensor, Callable[[], None]]] = {}
@@ -293,7 +296,10 @@ class Trainer:
             found: Tensor = encoder(speaker_encoder.mel(samples))
         likeness = 16.0 * F.normalize(found, dim=1, eps=1e-4) @ F.normalize(self.voices, dim=1, eps=1e-4).T
         unsure = F.cross_entropy(likeness, speaker)
-        scale = found.detach().square().mean(1, keepdim=True).sqrt()
+        # Nothing else here hangs on how long they are, and without warning they would grow beyond all numbers.
+        power = found.square().mean(1, keepdim=True)
+        unsure = unsure + 0.1 * (power / _LOUD**2 + 1e-9).log().relu().square().mean()
+        scale = power.detach().sqrt()
         return found + 0.1 * scale * torch.randn_like(found), unsure
 
     def clean_vectors(self, speaker: Tensor) -> Tensor:
@@ -423,7 +429,7 @@ class Trainer:
 
     def update(self) -> None:
         """Takes a step of those who learn. One whose loss or gradient is not finite is left out: the fused optimizer
-        sees to that by itself, so that nothing waits for the device (see `verify`)."""
+        sees to that by itself, so that nothing waits for the device (see `secure`)."""
         learning, optimizers = (self.late, self.optimizers[1:]) if self.settled else (self.parameters, self.optimizers)
         with torch.no_grad():
             norm = nn.utils.clip_grad_norm_(learning, 1.0)
@@ -445,21 +451,40 @@ class Trainer:
             for kept, linear in zip(self.spread, self.linears, strict=True):
                 kept.copy_(linear.detach().std())
         self.following.fill_(1.0 - min(self.settings.ema_decay, (1.0 + self.n_steps) / (10.0 + self.n_steps)))
-        key = batch.n_positions, self.guided, self.settled
-        if key not in self._captured:
-            rows = batch.rows.to(self.device)
-            shaped = Batch(rows, batch.n_positions, batch.n_frames)
-            self._captured[key] = rows, captured(lambda: self.differentiate(shaped), self.device, self._pool)
-        rows, differentiate = self._captured[key]
+        rows, differentiate = self._shaped(batch)
         rows.copy_(batch.rows)
         differentiate()
         learning = self.late if self.settled else self.parameters
         self.ranks.mean([*(p.grad for p in learning if p.grad is not None), self.loss_now])
-        if self.settled not in self._updates:
-            self._updates[self.settled] = self._first_update()
-        self._updates[self.settled]()
+        self._update()()
         self.report.lerp_(self.now, 0.05 if self.n_steps else 1.0)
         self.n_steps += 1
+
+    def prepare(self) -> None:
+        """Captures a step of every shape that there is, before the clock of the run starts."""
+        wanted = set(self.settings.lengths)
+        for batch in self.examples.round(self.examples.trained):
+            if batch.n_positions in wanted:
+                wanted.remove(batch.n_positions)
+                self._shaped(batch)
+        self._update()
+
+    def _shaped(self, batch: Batch) -> tuple[Tensor, Callable[[], None]]:
+        """The rows that `differentiate` reads in batches of this shape, and that as one graph."""
+        key = batch.n_positions, self.guided, self.settled
+        if key not in self._captured:
+            rows = batch.rows.to(self.device)
+            shaped = Batch(rows, batch.n_positions, batch.n_frames)
+            self._captured[key] = rows, captured(lambda: self.differentiate(shaped), self._capturing(), self._pool)
+        return self._captured[key]
+
+    def _capturing(self) -> torch.device:
+        return self.device if self.n_returns < 2 else torch.device("cpu")
+
+    def _update(self) -> Callable[[], None]:
+        if self.settled not in self._updates:
+            self._updates[self.settled] = self._first_update()
+        return self._updates[self.settled]
 
     def _first_update(self) -> Callable[[], None]:
         """`update`, captured; the runs before that leave nothing as they find it but the optimizers' state made."""
@@ -471,7 +496,7 @@ class Trainer:
         self.following.fill_(0.0)
         before = [x.clone() for x in (self.n_failed, self.in_a_row, self.most_in_a_row)]
         grads = [p.grad.clone() for p in self.parameters if p.grad is not None]
-        step = captured(self.update, self.device, self._pool)
+        step = captured(self.update, self._capturing(), self._pool)
         keep(self.parameters, tuple(grads))
         for kept, was in zip((self.n_failed, self.in_a_row, self.most_in_a_row), before, strict=True):
             kept.copy_(was)
@@ -481,11 +506,34 @@ class Trainer:
             lr.fill_(rate)
         return step
 
-    def verify(self) -> int:
-        """How many steps failed so far. Raises FloatingPointError where five in a row did."""
-        if self.most_in_a_row >= 5:
-            raise FloatingPointError("five steps in a row were not finite")
-        return int(self.n_failed)
+    def secure(self) -> None:
+        """Remembers the state of the run, or goes back to the one remembered where five steps in a row were not finite.
+
+        Then the learning rate is 0.7 of what it was, the second time there are no CUDA graphs any more, the third time
+        nothing compiled. Raises FloatingPointError the fourth time. All processes must ask alike.
+        """
+        moments = (kept for o in self.optimizers for state in o.state.values() for kept in state.values())
+        now = [*self.parameters, *self.ema, *moments]
+        if self.most_in_a_row < 5:
+            self._remembered = [tensor.detach().clone() for tensor in now]
+            return
+        odd = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        found = (
+            f"step {self.n_steps}: five in a row were not finite ({self.now.tolist()}); parameters not finite: {odd}"
+        )
+        self.n_returns += 1
+        if not self._remembered or self.n_returns > 3:
+            raise FloatingPointError(found)
+        print(found, flush=True)
+        with torch.no_grad():
+            torch._foreach_copy_(now, self._remembered)
+        for counter in (self.in_a_row, self.most_in_a_row):
+            counter.zero_()
+        if self.n_returns > 1:
+            self._captured.clear()
+            self._updates.clear()
+        if self.n_returns > 2:
+            stack.unfuse()
 
     def disturb(self) -> None:
         """Adds noise to the linears; ``clean`` keeps what they were."""
@@ -499,7 +547,7 @@ class Trainer:
         """Sets learning rates, weight noise, guidance, harshness and who learns for a moment of the run."""
         s = self.settings
         share = min(1.0, elapsed_s / s.total_s)
-        warm = s.lr * min(1.0, (elapsed_s - s.elapsed_s + 0.5) / s.warmup_s)
+        warm = s.lr * 0.7**self.n_returns * min(1.0, (elapsed_s - s.elapsed_s + 0.5) / s.warmup_s)
         for lr, gone in zip(self.lr, (min(1.0, share / s.settled), share), strict=True):
             lr.fill_(warm * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone))))
         self.noise.fill_(s.weight_noise * min(1.0, 2.0 * share))
@@ -704,11 +752,11 @@ class Watch:
             traceback.print_exc()
 
     def look(self, elapsed_s: float) -> None:
-        """What is due after a step. Raises FloatingPointError when five in a row were not finite."""
+        """What is due after a step."""
         trainer, step = self.trainer, self.trainer.n_steps
         if step % self.every[0] == 0 or step == 1:
             values = dict(zip(_REPORTED, trainer.report.tolist(), strict=True))
-            pace = {"ms a step": 1e3 * (elapsed_s - self.begun_s) / step, "failed": float(trainer.verify())}
+            pace = {"ms a step": 1e3 * (elapsed_s - self.begun_s) / step, "failed": float(trainer.n_failed)}
             self.tell("trained", elapsed_s, values | pace)
         if step % self.every[1] == 0:
             self.check(elapsed_s)
@@ -722,11 +770,16 @@ def run(trainer: Trainer, engine: Engine, out: Path, n_judged: int) -> None:
     settings, ranks, on_gpu = trainer.settings, trainer.ranks, trainer.device.type == "cuda"
     watch = None if ranks.rank else Watch(trainer, engine, out, n_judged)
     batches, elapsed = trainer.examples.batches(), settings.elapsed_s
+    if on_gpu:
+        trainer.pace(elapsed)
+        trainer.prepare()
     ranks.start(elapsed)
     while elapsed < settings.total_s:
         if not on_gpu or trainer.n_steps % 10 == 0:
             trainer.pace(elapsed)
         trainer.step(next(batches))
+        if trainer.n_steps % 200 == 0:
+            trainer.secure()
         if watch:
             watch.look(elapsed)
         if not on_gpu or trainer.n_steps % 10 == 0:
@@ -802,14 +855,13 @@ def main() -> None:
     with torch.no_grad():
         trainer.readout.load_state_dict(readout.state_dict())
         torch._foreach_copy_(trainer.ema, list[Tensor](trainer.parameters))
-    if args.compile:
-        stack.fuse()
-    if device.type == "cuda" or args.compile:
-        stack.settle(model.talker, device)
     if device.type == "cuda":
+        stack.settle(model.talker, device)
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if args.bf16:
         trainer.autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+    if args.compile:
+        stack.fuse()
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
     hours, frames = len(examples.codes) / 12.5 / 3600.0, float(examples.n_frames.mean())
     print(
