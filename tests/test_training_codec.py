@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quaver.model.codec_encoder import Codec
 from training import decoder, encoder, parts, recipe, shards
-from training.encode import batches, encode, reference
+from training.encode import batches, encode
 from training.encoder import Coding
 from training.pool import Pool, Recording, from_sets
 
@@ -62,11 +62,19 @@ def test_references_come_back_in_order(tmp_path: Path) -> None:
         shards.write_references(tmp_path, samples, ["a", "b"])
 
 
-def test_a_reference_is_fourteen_seconds_of_any_speaker() -> None:
-    short = _noise(3)
-    found = reference([short, _noise(2, 1)])
-    assert found.shape == (shards.N_REFERENCE,)
-    np.testing.assert_array_equal(found[5 * _FRAME : 8 * _FRAME], short)
+def test_a_reference_is_fourteen_seconds_of_any_speaker(tmp_path: Path) -> None:
+    clips, rows, offset = [_noise(3), _noise(2, 1), _noise(4, 2)], [], 0
+    for text, (clip, name) in enumerate(zip(clips, ("b", "b", "a"), strict=True)):
+        n_frames = len(clip) // recipe.SAMPLES_PER_FRAME
+        rows.append(json.dumps({"text": text, "speaker": name, "offset": offset, "n_frames": n_frames}))
+        offset += len(clip)
+    (tmp_path / "part-000.jsonl").write_text("\n".join(rows) + "\n")
+    np.concatenate(clips).astype("<i2").tofile(tmp_path / "part-000.s16")
+    names, found = shards.references(list(shards.spoken(tmp_path)))
+    assert names == ["a", "b"]
+    assert found.shape == (2, shards.N_REFERENCE)
+    np.testing.assert_array_equal(found[1, : 5 * _FRAME], np.concatenate(clips[:2]))
+    np.testing.assert_array_equal(found[1, 5 * _FRAME : 8 * _FRAME], clips[0])
 
 
 def test_clips_encoded_together_have_the_codes_of_each_alone_but_at_its_end() -> None:

@@ -84,3 +84,14 @@ def test_a_step_that_is_not_finite_is_left_out_and_after_five_in_a_row_the_run_g
     trainer.step(next(batches))
     assert all(p.isfinite().all() for p in trainer.parameters)
     assert not all(torch.equal(p, old) for p, old in zip(trainer.parameters, before, strict=True))
+
+
+def test_it_begins_with_the_voices_that_were_learnt_before(toy_tts: TTS) -> None:
+    trainer = _trainer(toy_tts)
+    encoder = trainer.model.speaker_encoder
+    assert encoder is not None
+    learnt = {f"encoder.{n}": torch.randn_like(p) for n, p in encoder.named_parameters()}
+    trainer.hear({**learnt, "directions": torch.ones_like(trainer.voices)})
+    assert all(torch.equal(p, learnt[f"encoder.{n}"]) for n, p in encoder.named_parameters())
+    assert bool((trainer.voices == 1.0).all())
+    assert all(torch.equal(mean, p) for mean, p in zip(trainer.ema, trainer.parameters, strict=True))

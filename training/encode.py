@@ -77,15 +77,6 @@ def encode(
     return codes
 
 
-def reference(clips: list[np.ndarray]) -> np.ndarray:
-    """14 s of one speaker, int16: clips one after the other, from the first again when there are too few."""
-    found, n_samples = list[np.ndarray](), 0
-    while n_samples < shards.N_REFERENCE:
-        found.append(clips[len(found) % len(clips)])
-        n_samples += len(found[-1])
-    return np.concatenate(found)[: shards.N_REFERENCE]
-
-
 def main() -> None:
     """Encodes and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,15 +90,11 @@ def main() -> None:
     codings = [open_coding(first_codec(args.first), args.latents, torch.device(device)) for device in devices]
     begun = time.monotonic()
     listed = [clip for folder in args.set for clip in shards.spoken(folder)]
-    names = sorted({clip.speaker for clip in listed})
-    number = {name: i for i, name in enumerate(names)}
     samples = [clip.read() for clip in listed]
     hours = sum(clip.n_frames for clip in listed) * recipe.SAMPLES_PER_FRAME / 24_000 / 3600
-    print(f"{len(listed)} clips, {hours:.2f} h, {len(names)} speakers, {time.monotonic() - begun:.0f} s", flush=True)
-    said: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for clip, one in zip(listed, samples, strict=True):
-        said[clip.speaker].append(one)
-    references = np.stack([reference(clips) for clips in said.values()])
+    print(f"{len(listed)} clips, {hours:.2f} h, {time.monotonic() - begun:.0f} s", flush=True)
+    names, references = shards.references(listed)
+    number = {name: i for i, name in enumerate(names)}
     with ThreadPoolExecutor(1) as beside:
         written = beside.submit(shards.write_references, args.out, references, names)
         codes = encode(codings, samples, log=lambda text: print(text, flush=True))

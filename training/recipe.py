@@ -170,6 +170,16 @@ PREDICTOR: dict[str, Any] = {
 }
 
 
+SPEAKER_ENCODER: dict[str, Any] = {
+    "enc_attention_channels": 64,
+    "enc_channels": [64, 64, 64, 64, 192],
+    "enc_dim": 256,
+    "enc_res2net_scale": 4,
+    "enc_se_channels": 32,
+    "sample_rate": 24000,
+}
+
+
 def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
     """config.json of the small voice: ``special`` are the tokenizer's control ids, ``assistant`` its role token."""
     base = FIRST_CONTROL
@@ -215,14 +225,7 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
         "im_end_token_id": special["<|im_end|>"],
         "im_start_token_id": special["<|im_start|>"],
         "model_type": "qwen3_tts",
-        "speaker_encoder_config": {
-            "enc_attention_channels": 64,
-            "enc_channels": [64, 64, 64, 64, 192],
-            "enc_dim": 256,
-            "enc_res2net_scale": 4,
-            "enc_se_channels": 32,
-            "sample_rate": 24000,
-        },
+        "speaker_encoder_config": SPEAKER_ENCODER,
         "talker_config": talker,
         "tokenizer_type": "qwen3_tts_tokenizer_12hz",
         "transformers_version": "4.57.3",
@@ -232,6 +235,23 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
         "tts_model_type": "base",
         "tts_pad_token_id": special["<tts_pad>"],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class VoicesRecipe:
+    """How the speaker encoder is trained alone; seconds are of wall clock."""
+
+    batch: int = 384
+    seconds: float = 3.0
+    """Of speech that a speaker is told from."""
+    scale: float = 24.0
+    margin: float = 0.1
+    unequal_weight: float = 0.1
+    lr: float = 1e-3
+    warmup_s: float = 3.0
+    ema_decay: float = 0.998
+    total_s: float = 80.0
+    seed: int = 1729
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +272,8 @@ class TalkerRecipe:
     n_frames_settled: int = 16_384
     """How many frames the code predictor sees in a step from then on."""
     lr: float = 2e-3
+    voices_lr: float = 5e-4
+    """Of the speaker encoder: at more than that it learns slower."""
     warmup_s: float = 12.0
     weight_decay: float = 0.05
     dropout: float = 0.1

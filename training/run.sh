@@ -41,11 +41,13 @@ $(several 29601) -m training.decoder "${sets[@]}" --hours 30 --first $first --la
 decoder=$!
 for speaker in "${speakers[@]}"; do wait "$speaker"; done
 [ -n "$toy" ] || touch "$work/sets/.spoken"
+# The speaker encoder has the time until the talker's first step.
+python3 -m training.voices "${sets[@]}" --out "$work/voices" --seconds "${VOICES:-75}" --device "$(device 1)" $toy > "$logs/voices.log" 2>&1 &
 python3 -m training.encode "${sets[@]}" --first $first --latents "$work/latents" --out "$work/encoded" \
     --device "$(device 0)" $([ -n "$toy" ] || device 1) > "$logs/encode.log" 2>&1
 # shellcheck disable=SC2046
 $(several 29602) -m training.talker --set "$work/encoded" --texts "$work/texts.jsonl" --latents "$work/latents" \
-    --tokenizer "$work/text" --out "$work/talker" --seconds "$(left "${AROUND:-80}")" --device "$(device 0)" \
+    --tokenizer "$work/text" --voices "$work/voices" --out "$work/talker" --seconds "$(left "${AROUND:-105}")" --device "$(device 0)" \
     $([ -n "$toy" ] || echo --bf16 --compile) $toy > "$logs/talker.log" 2>&1 || echo "the talker ended early: $logs/talker.log" >&2
 wait $decoder
 [ -n "$toy" ] || python3 -m training.export --codec "$work/decoder/codec" --talker "$work/talker/talker" --tokenizer "$work/text" --out "$work/tiny"

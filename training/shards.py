@@ -111,6 +111,22 @@ def read(folder: Path) -> Encoded:
     return Encoded(codes, joined["text"], joined["speaker"], joined["n_frames"], names)
 
 
+def references(clips: list[Spoken]) -> tuple[list[str], np.ndarray]:
+    """The names of all speakers, sorted, and 14 s of each, int16 [S, N]: clips one after the other, over and over where
+    there are too few."""
+    by_speaker: dict[str, list[Spoken]] = {}
+    for clip in clips:
+        by_speaker.setdefault(clip.speaker, []).append(clip)
+    names, found = sorted(by_speaker), list[np.ndarray]()
+    for name in names:
+        said, n_samples = list[np.ndarray](), 0
+        while n_samples < N_REFERENCE:
+            said.append(by_speaker[name][len(said) % len(by_speaker[name])].read())
+            n_samples += len(said[-1])
+        found.append(np.concatenate(said)[:N_REFERENCE])
+    return names, np.stack(found)
+
+
 def write_references(folder: Path, samples: np.ndarray, names: list[str]) -> None:
     """Writes ``samples`` int16 [S, N], a recording of 14 s a speaker in the order of ``names``, to references.npy."""
     if samples.shape != (len(names), N_REFERENCE):

@@ -45,7 +45,7 @@ from quaver.model.tts import TTS, Layout, Model, Utterance
 from quaver.sampling import Sampling
 from quaver.text import Tokenizer
 from quaver.voice import Voice
-from training import parts, recipe, shards, stack
+from training import parts, recipe, shards, stack, voices
 from training.encoder import captured, keep
 from training.plans import Plan, Planner, Speech, length
 from training.ranks import Ranks
@@ -56,8 +56,7 @@ HELD_OUT_EVERY, HELD_OUT = 50, 7
 PROMPT = 9
 """The fewest positions beside the frames."""
 _IGNORED = -100
-_LOUD = 2.0
-"""The root mean square of a speaker vector from which on it is too long; text and frames have some 0.4 and 0.2."""
+_PATIENCE_S = 300.0
 _REPORTED = ("codebook 0", "right", "latent", "codebook 1", "codebook 5", "mean of 1 to 15", "voices", "stray")
 
 
@@ -121,7 +120,7 @@ class Examples:
             for name, x in (("at", at[place]), ("n_text", self.n_text), ("start", start), ("n_frames", self.n_frames))
         }
         self.speaker_on_device = put(self.speaker)
-        self.references = torch.as_tensor(references).to(device, torch.int16)
+        self.references = voices.References(references, device)
         self.names = encoded.names
         held = self.text % HELD_OUT_EVERY == HELD_OUT
         self.held_out, self.trained = held.nonzero()[0], (~held).nonzero()[0]
@@ -186,37 +185,6 @@ class Examples:
         n_text, n_frames = d["n_text"][clip, spelling] * present, d["n_frames"][clip] * present
         return Speech(d["at"][clip, spelling], n_text, d["start"][clip], n_frames)
 
-    def excerpts(self, speaker: Tensor, n_samples: int) -> Tensor:
-        """Plain excerpts [B, n_samples] in -1..1 from the start of each speaker's reference."""
-        return self.references[speaker, :n_samples].float() / 32768.0
-
-    def changed(self, speaker: Tensor, n_samples: int) -> Tensor:
-        """Random excerpts [B, n_samples] of each speaker, changed in speed, level, colour, band, room and noise."""
-        device, n = self.device, len(speaker)
-        uniform = torch.rand(9, n, 1, device=device)
-        speed = 0.96 + 0.08 * uniform[0]
-        start = uniform[1] * (self.references.shape[1] - speed * n_samples - 2.0)
-        at = start + speed * torch.arange(n_samples, device=device)
-        left = at.long() + speaker[:, None] * self.references.shape[1]
-        flat = self.references.view(-1)
-        x = torch.lerp(flat[left].float(), flat[left + 1].float(), at - at.floor())
-        x = x / (x.square().mean(1, keepdim=True) + 1.0).sqrt()
-        hz = torch.linspace(0.0, speaker_encoder.SAMPLE_RATE_HZ / 2, n_samples // 2 + 1, device=device)
-        tilt_db = 5.0 * (uniform[2] - 0.5) * (hz.clamp(min=100.0) / 1000.0).log2()
-        edge_hz = torch.where(uniform[3] < 0.3, 6000.0 + 2000.0 * uniform[4], 1e6)
-        gain = 10.0 ** (tilt_db / 20.0) * torch.sigmoid((edge_hz - hz) / 80.0)
-        n_tail = min(n_samples, speaker_encoder.SAMPLE_RATE_HZ // 3)
-        seconds = torch.arange(n_tail, device=device) / speaker_encoder.SAMPLE_RATE_HZ
-        tail = torch.randn(n, n_tail, device=device) * torch.exp(-6.9 * seconds / (0.08 + 0.3 * uniform[5]))
-        loud = torch.where(uniform[6] < 0.3, 0.6 * uniform[6] / 0.3, 0.0)
-        tail = tail * loud / (tail.square().sum(1, keepdim=True) + 1e-6).sqrt()
-        spectrum = torch.fft.rfft(x) * gain * (1.0 + torch.fft.rfft(tail, n=n_samples))
-        x = torch.fft.irfft(spectrum, n=n_samples)
-        x = x / (x.square().mean(1, keepdim=True) + 1e-4).sqrt()
-        x = x + 10.0 ** (-3.0 + 2.2 * uniform[7]) * torch.randn_like(x)
-        out: Tensor = x * 0.06 * 10.0 ** (1.2 * (uniform[8] - 0.5))
-        return out
-
 
 class Trainer:
     """The model and one train step."""
@@ -253,9 +221,15 @@ class Trainer:
         self.spread = [torch.zeros((), device=device) for _ in self.linears]
         # The talker hears by the predictor's tables of codes.
         late = {id(p) for n, p in predictor.named_parameters() if "codec_embedding" not in n}
-        self.early, self.late = ([p for p in self.parameters if (id(p) in late) == last] for last in (False, True))
-        self.lr = [torch.zeros((), device=device) for _ in range(2)]
-        self.optimizers = [self._optimizer(*both) for both in zip((self.early, self.late), self.lr, strict=True)]
+        assert model.speaker_encoder is not None
+        heard = {id(p) for p in (*model.speaker_encoder.parameters(), self.voices)}
+        self.late = [p for p in self.parameters if id(p) in late]
+        groups = (
+            [p for p in self.parameters if id(p) not in late | heard],
+            [p for p in self.parameters if id(p) in heard],
+        )
+        self.lr = [torch.zeros((), device=device) for _ in range(3)]
+        self.optimizers = [self._optimizer(*both) for both in zip((*groups, self.late), self.lr, strict=True)]
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         # The first of them are heard most.
@@ -289,25 +263,19 @@ class Trainer:
         """Noisy speaker vectors [B, D], and how far their directions are from telling the speakers apart."""
         encoder = self.model.speaker_encoder
         assert encoder is not None
-        n_samples = speaker_encoder.SAMPLE_RATE_HZ * half_seconds // 2
-        n_samples = min(n_samples, self.examples.references.shape[1] // 2)
-        samples = self.examples.changed(speaker, n_samples)
+        samples = self.examples.references.changed(speaker, speaker_encoder.SAMPLE_RATE_HZ * half_seconds // 2)
         with torch.autocast(self.device.type, enabled=False):
             found: Tensor = encoder(speaker_encoder.mel(samples))
-        likeness = 16.0 * F.normalize(found, dim=1, eps=1e-4) @ F.normalize(self.voices, dim=1, eps=1e-4).T
-        unsure = F.cross_entropy(likeness, speaker)
-        # Nothing else here hangs on how long they are, and without warning they would grow beyond all numbers.
-        power = found.square().mean(1, keepdim=True)
-        unsure = unsure + 0.1 * (power / _LOUD**2 + 1e-9).log().relu().square().mean()
-        scale = power.detach().sqrt()
+            unsure = voices.unsure(found, self.voices, speaker, 16.0) + 0.1 * voices.unequal(found)
+        scale = found.detach().square().mean(1, keepdim=True).sqrt()
         return found + 0.1 * scale * torch.randn_like(found), unsure
 
     def clean_vectors(self, speaker: Tensor) -> Tensor:
         """Speaker vectors [B, D] as at inference, from six seconds."""
         encoder = self.model.speaker_encoder
         assert encoder is not None
-        n_samples = min(6 * speaker_encoder.SAMPLE_RATE_HZ, self.examples.references.shape[1])
-        found: Tensor = encoder(speaker_encoder.mel(self.examples.excerpts(speaker, n_samples)))
+        samples = self.examples.references.plain(speaker, 6 * speaker_encoder.SAMPLE_RATE_HZ)
+        found: Tensor = encoder(speaker_encoder.mel(samples))
         return found
 
     def rates(self, n: int) -> Tensor:
@@ -430,7 +398,7 @@ class Trainer:
     def update(self) -> None:
         """Takes a step of those who learn. One whose loss or gradient is not finite is left out: the fused optimizer
         sees to that by itself, so that nothing waits for the device (see `secure`)."""
-        learning, optimizers = (self.late, self.optimizers[1:]) if self.settled else (self.parameters, self.optimizers)
+        learning, optimizers = (self.late, self.optimizers[-1:]) if self.settled else (self.parameters, self.optimizers)
         with torch.no_grad():
             norm = nn.utils.clip_grad_norm_(learning, 1.0)
             failed = (~(norm.isfinite() & self.loss_now.isfinite())).float()
@@ -459,6 +427,15 @@ class Trainer:
         self._update()()
         self.report.lerp_(self.now, 0.05 if self.n_steps else 1.0)
         self.n_steps += 1
+
+    @torch.no_grad()
+    def hear(self, state: dict[str, Tensor]) -> None:
+        """Begins with the speaker encoder and the speakers' directions of `training.voices`."""
+        assert self.model.speaker_encoder is not None
+        encoder = {n.removeprefix("encoder."): p for n, p in state.items() if n.startswith("encoder.")}
+        self.model.speaker_encoder.load_state_dict(encoder)
+        self.voices.copy_(state["directions"])
+        torch._foreach_copy_(self.ema, list[Tensor](self.parameters))
 
     def prepare(self) -> None:
         """Captures a step of every shape that there is, before the clock of the run starts."""
@@ -547,9 +524,10 @@ class Trainer:
         """Sets learning rates, weight noise, guidance, harshness and who learns for a moment of the run."""
         s = self.settings
         share = min(1.0, elapsed_s / s.total_s)
-        warm = s.lr * 0.7**self.n_returns * min(1.0, (elapsed_s - s.elapsed_s + 0.5) / s.warmup_s)
-        for lr, gone in zip(self.lr, (min(1.0, share / s.settled), share), strict=True):
-            lr.fill_(warm * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone))))
+        warm = 0.7**self.n_returns * min(1.0, (elapsed_s - s.elapsed_s + 0.5) / s.warmup_s)
+        before = min(1.0, share / s.settled)
+        for lr, most, gone in zip(self.lr, (s.lr, s.voices_lr, s.lr), (before, before, share), strict=True):
+            lr.fill_(warm * most * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone))))
         self.noise.fill_(s.weight_noise * min(1.0, 2.0 * share))
         self.guidance.fill_(s.guidance * max(0.0, 1.0 - 2.0 * share))
         # Once the text is read, what was heard may be trusted more: the codes of a frame hang on those before it.
@@ -765,14 +743,22 @@ class Watch:
             save(trainer, self.out)
 
 
-def run(trainer: Trainer, engine: Engine, out: Path, n_judged: int) -> None:
-    """Trains until the recipe's seconds are over; saves every minute and at the end."""
+def run(trainer: Trainer, engine: Engine, out: Path, n_judged: int, heard: Path | None = None) -> None:
+    """Trains until the recipe's seconds are over; saves every minute and at the end. ``heard``: where `training.voices`
+    writes, for which it waits."""
     settings, ranks, on_gpu = trainer.settings, trainer.ranks, trainer.device.type == "cuda"
     watch = None if ranks.rank else Watch(trainer, engine, out, n_judged)
     batches, elapsed = trainer.examples.batches(), settings.elapsed_s
     if on_gpu:
         trainer.pace(elapsed)
         trainer.prepare()
+    if heard:
+        since = time.monotonic()
+        while not (heard / "done").exists():
+            if time.monotonic() > since + _PATIENCE_S:
+                raise TimeoutError(f"{heard}/done: training.voices has not written it for {_PATIENCE_S:.0f} s")
+            time.sleep(0.5)
+        trainer.hear(parts.read(heard, "voices"))
     ranks.start(elapsed)
     while elapsed < settings.total_s:
         if not on_gpu or trainer.n_steps % 10 == 0:
@@ -797,6 +783,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True, help="texts.jsonl")
     parser.add_argument("--latents", type=Path, required=True, help="where the codebooks are")
     parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--voices", type=Path, help="where `training.voices` writes, or has written")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=780.0)
     parser.add_argument("--resume", type=Path, help="FOLDER/NAME of earlier talker parts to start from")
@@ -875,7 +862,7 @@ def main() -> None:
     # The same weights everywhere, other examples.
     torch.manual_seed(settings.seed + ranks.rank)
     examples.rng = np.random.default_rng(settings.seed + ranks.rank)
-    run(trainer, engine, args.out, 16 if args.toy else 96)
+    run(trainer, engine, args.out, 16 if args.toy else 96, args.voices)
     ranks.end()
 
 
