@@ -54,6 +54,16 @@ def test_an_encoded_set_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert torch.equal(got, wanted)
 
 
+def test_what_is_begun_is_read_from_a_file_or_from_parts(tmp_path: Path) -> None:
+    state = {"a": torch.randn(3).half(), "n": torch.arange(4)}
+    save_file(state, tmp_path / "model.safetensors")
+    parts.write(tmp_path, "model", state, torch.float16)
+    for found in (parts.begun(tmp_path / "model.safetensors"), parts.begun(tmp_path / "model")):
+        assert found["a"].dtype == torch.float32
+        assert torch.equal(found["a"], state["a"].float())
+        assert torch.equal(found["n"], state["n"])
+
+
 def test_references_come_back_in_order(tmp_path: Path) -> None:
     samples = np.random.default_rng(0).integers(-9000, 9000, (3, shards.N_REFERENCE)).astype(np.int16)
     shards.write_references(tmp_path, samples, ["a", "b", "c"])
@@ -135,6 +145,9 @@ def test_a_faster_crop_sounds_higher() -> None:
     assert (found - wanted).abs().max() < 0.003
 
 
+_CPU = torch.device("cpu")
+
+
 def _run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, words), "--toy"])
     module.main()
@@ -154,10 +167,30 @@ def test_encoder_and_decoder_are_trained_from_a_set_to_a_whole_codec(
     common = ("--set", tmp_path, "--first", first)
     _run(encoder, monkeypatch, "measure", *common, "--out", tmp_path / "latents")
     latents = ("--latents", tmp_path / "latents")
+    _run(encoder, monkeypatch, "measure", *common, *latents, "--out", tmp_path / "again")
+    old, again = (encoder.open_coding(encoder.first_codec(first), tmp_path / n, _CPU) for n in ("latents", "again"))
+    assert torch.equal(old.latents.axes, again.latents.axes)
+    for coding in (old, again):
+        # The first acoustic codebooks tell nothing of the hum, the others do.
+        missed = coding.books[1:] - coding.books[1:] @ coding.latents.steady()
+        share = missed.square().sum((1, 2)) / coding.books[1:].square().sum((1, 2)).clamp(min=1e-12)
+        assert (share[: recipe.N_STEADY] < 1e-6).all()
+        assert share[recipe.N_STEADY] > 0.01
     _run(encoder, monkeypatch, "train", *common, *latents, "--out", tmp_path / "encoder", "--seconds", 0.5)
     assert (tmp_path / "encoder" / "done").exists()
     out = tmp_path / "decoder"
-    _run(decoder, monkeypatch, *common, *latents, "--encoder", tmp_path / "encoder", "--out", out, "--seconds", 4)
+    _run(
+        decoder,
+        monkeypatch,
+        *common,
+        *latents,
+        "--encoder",
+        tmp_path / "encoder" / "codec",
+        "--out",
+        out,
+        "--seconds",
+        4,
+    )
     assert "the encoder's codes" in capsys.readouterr().out
     codec = Codec(recipe.codec_config())
     codec.load_state_dict(parts.read(out, "codec"))

@@ -95,3 +95,20 @@ def test_it_begins_with_the_voices_that_were_learnt_before(toy_tts: TTS) -> None
     assert all(torch.equal(p, learnt[f"encoder.{n}"]) for n, p in encoder.named_parameters())
     assert bool((trainer.voices == 1.0).all())
     assert all(torch.equal(mean, p) for mean, p in zip(trainer.ema, trainer.parameters, strict=True))
+
+
+def test_batches_have_few_shapes_and_room_for_all_that_is_in_them(toy_tts: TTS) -> None:
+    trainer = _trainer(toy_tts)
+    examples, settings = trainer.examples, trainer.settings
+    clips = np.repeat(examples.trained, 9)
+    batches = examples.round(clips)
+    seen = np.concatenate([batch.rows[0].numpy() for batch in batches])
+    assert set(seen) == set(clips)
+    for batch in batches:
+        assert batch.n_positions in settings.lengths
+        assert batch.rows.shape == (6, min(settings.n_rows, max(1, settings.budget // batch.n_positions)))
+        n_frames = examples.n_frames[batch.rows[0].numpy()]
+        assert n_frames.max() <= batch.n_frames < batch.n_positions
+        clip, reference, told, whole, unnamed, spelling = batch.rows.numpy()
+        size = examples._size(clip, reference, told, whole > 0, unnamed > 0, spelling)
+        assert (size <= batch.n_positions).all()

@@ -2,9 +2,9 @@
 
     python -m training.decoder --set SET --first CODEC --latents LATENTS --encoder ENCODER --out OUT --seconds 1200
 
-CODEC and LATENTS as in `training.encoder`; ENCODER is the folder to which that writes its codec parts. Until they are
-there the decoder learns what the codes are to tell, measured on the sound itself, as the talker does; from then on half
-of its crops have the encoder's own codes.
+CODEC and LATENTS as in `training.encoder`; ENCODER is FOLDER/codec, the parts that it writes, or a codec's file. Until
+that is there the decoder learns what the codes are to tell, measured on the sound itself, as the talker does; from then
+on half of its crops have the encoder's own codes.
 
 At first it only draws: its first half, down to 50 Hz, learns to give back what the codes tell, as a linear map of its
 output. Learnt through sound that takes far longer.
@@ -291,9 +291,9 @@ def train(
     sounding, n_steps, told, saved_s, elapsed = False, 0, 0, 0.0, 0.0
     while elapsed < s.total_s:
         again = step is None or sounding != (elapsed >= s.drawn_s)
-        if encoder and trainer.encoder is None and (encoder / "done").exists():
+        if encoder and trainer.encoder is None and (encoder.is_file() or (encoder.parent / "done").exists()):
             codec = Codec(recipe.codec_config())
-            codec.load_state_dict(parts.read(encoder, "codec"))
+            codec.load_state_dict(parts.begun(encoder))
             trainer.follow(codec.encoder)
             again = True
             log(f"{elapsed:.0f} s, step {n_steps}: from now on half of it in the encoder's codes")
@@ -327,8 +327,10 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=12.0, help="of speech to learn from, all speakers alike")
     parser.add_argument("--first", type=Path, required=True, help="a trained codec's safetensors file")
     parser.add_argument("--latents", type=Path, required=True, help="what `training.encoder measure` wrote")
-    parser.add_argument("--encoder", type=Path, help="where `training.encoder train` writes")
-    parser.add_argument("--resume", type=Path, help="codec parts that an earlier run wrote, to go on with")
+    parser.add_argument(
+        "--encoder", type=Path, help="what `training.encoder train` writes, FOLDER/codec, or a codec's file"
+    )
+    parser.add_argument("--resume", type=Path, help="a codec to go on with: a safetensors file or FOLDER/NAME of parts")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1200.0)
     parser.add_argument("--drawn", type=float, help="for how many seconds the decoder only draws")
@@ -354,7 +356,7 @@ def main() -> None:
     pool = Pool(from_sets(args.set, args.hours), device)
     log(pool.described)
     codec = first_codec(args.first)
-    begun_with = parts.read(args.resume, "codec") if args.resume else None
+    begun_with = parts.begun(args.resume) if args.resume else None
     trainer = Trainer(pool, open_coding(codec, args.latents, device), codec, settings, ranks, begun_with)
     if device.type == "cuda":
         from training import snake

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quaver.model.codec_encoder import Codec, CodecEncoder
@@ -90,7 +89,7 @@ class Coding(nn.Module):
 def first_codec(file: Path) -> Codec:
     """The codec of the safetensors ``file``."""
     codec = Codec(recipe.codec_config())
-    codec.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+    codec.load_state_dict(parts.begun(file))
     return codec
 
 
@@ -274,7 +273,9 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=12.0, help="of speech to learn from, all speakers alike")
     parser.add_argument("--first", type=Path, required=True, help="a trained codec's safetensors file")
     parser.add_argument("--latents", type=Path, help="what `measure` wrote; to measure: axes to keep")
-    parser.add_argument("--resume", type=Path, help="codec parts whose encoder goes on")
+    parser.add_argument(
+        "--resume", type=Path, help="the codec whose encoder goes on: a safetensors file or FOLDER/NAME of parts"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--device")
@@ -304,7 +305,7 @@ def main() -> None:
         parts.write(args.out, "coding", coding.state(), torch.float32)
         return
     if args.resume:
-        codec.load_state_dict(parts.read(args.resume, "codec"))
+        codec.load_state_dict(parts.begun(args.resume))
     trainer = Trainer(pool, coding, codec, settings)
     train(trainer, args.out, codec, log)
 

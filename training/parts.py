@@ -43,6 +43,13 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
+def begun(path: Path) -> dict[str, Tensor]:
+    """The float32 state dict to go on with: of a safetensors file, or of parts, ``path`` being FOLDER/NAME."""
+    if path.suffix == ".safetensors":
+        return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    return read(path.parent, path.name)
+
+
 def codec_state(codec: Codec) -> dict[str, Tensor]:
     """The state of a codec, its codebooks shared out."""
     whole = Codec(codec.config)

@@ -4,12 +4,14 @@
 #     training/run.sh WORK SECONDS
 #
 # WORK holds texts.jsonl, jobs-0.xz, jobs-1.xz, styles.npz, text/ (the tokenizer) and kokoro*.bin or .safetensors; logs, sets and results go there, the
-# checkpoint to WORK/tiny. The codec goes on from training/begun. Speech that is there already (WORK/sets) is not spoken again. SPEECH: seconds of that, by
-# default 100. TOY=1: a few steps of everything on a CPU, from the speech that is there.
+# checkpoint to WORK/tiny. Codec and talker go on from the voice that ships, its codebooks are in training/begun. Speech that is there already (WORK/sets) is
+# not spoken again. SPEECH: seconds of that, by default 130, ENOUGH: of them before the codec begins, 60. ANEW=1: the talker from nothing. TOY=1: a few steps
+# of everything on a CPU, from the speech that is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}.:src" PYTHONUNBUFFERED=1
-work=$1 end=$(($(date +%s) + $2)) first=src/quaver/voices/tiny/speech_tokenizer/model.safetensors begun=training/begun
+work=$1 end=$(($(date +%s) + $2)) voice=src/quaver/voices/tiny begun=training/begun
+first=$voice/speech_tokenizer/model.safetensors
 toy=${TOY:+--toy} logs=$work/logs
 mkdir -p "$logs"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
@@ -31,23 +33,22 @@ if [ -z "$toy" ] && [ ! -e "$work/sets/.spoken" ]; then
     sleep "${ENOUGH:-60}"
 fi
 
-# The codebooks anew, and then the decoder, from what has been spoken by now.
-python3 -m training.encoder measure "${sets[@]}" --hours 6 --first $first --latents $begun --out "$work/latents" --device "$(device 0)" $toy \
-    > "$logs/measure.log" 2>&1
 # The decoder and the talker need about a minute before their clocks start, and some seconds after they stand still.
 # shellcheck disable=SC2046
-$(several 29601) -m training.decoder "${sets[@]}" --hours 30 --first $first --latents "$work/latents" --encoder $begun --resume $begun --drawn 0 \
+$(several 29601) -m training.decoder "${sets[@]}" --hours 30 --first $first --latents $begun --encoder $first --resume $first --drawn 0 \
     --out "$work/decoder" --seconds "$(left "${AROUND:-100}")" --device "$(device 2)" $toy > "$logs/decoder.log" 2>&1 &
 decoder=$!
 for speaker in "${speakers[@]}"; do wait "$speaker"; done
 [ -n "$toy" ] || touch "$work/sets/.spoken"
 # The speaker encoder has the time until the talker's first step.
 python3 -m training.voices "${sets[@]}" --out "$work/voices" --seconds "${VOICES:-75}" --device "$(device 1)" $toy > "$logs/voices.log" 2>&1 &
-python3 -m training.encode "${sets[@]}" --first $first --latents "$work/latents" --out "$work/encoded" \
+python3 -m training.encode "${sets[@]}" --first $first --latents $begun --out "$work/encoded" \
     --device "$(device 0)" $([ -n "$toy" ] || device 1) > "$logs/encode.log" 2>&1
+earlier=()
+[ -n "${ANEW:-}$toy" ] || earlier=(--resume $voice/model.safetensors --lr 1.2e-3)
 # shellcheck disable=SC2046
-$(several 29602) -m training.talker --set "$work/encoded" --texts "$work/texts.jsonl" --latents "$work/latents" \
-    --tokenizer "$work/text" --voices "$work/voices" --out "$work/talker" --seconds "$(left "${AROUND:-105}")" --device "$(device 0)" \
+$(several 29602) -m training.talker --set "$work/encoded" --texts "$work/texts.jsonl" --latents $begun --tokenizer "$work/text" \
+    --voices "$work/voices" "${earlier[@]}" --out "$work/talker" --seconds "$(left "${AROUND:-105}")" --device "$(device 0)" \
     $([ -n "$toy" ] || echo --bf16 --compile) $toy > "$logs/talker.log" 2>&1 || echo "the talker ended early: $logs/talker.log" >&2
 wait $decoder
 [ -n "$toy" ] || python3 -m training.export --codec "$work/decoder/codec" --talker "$work/talker/talker" --tokenizer "$work/text" --out "$work/tiny"

@@ -786,7 +786,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--voices", type=Path, help="where `training.voices` writes, or has written")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=780.0)
-    parser.add_argument("--resume", type=Path, help="FOLDER/NAME of earlier talker parts to start from")
+    parser.add_argument(
+        "--resume", type=Path, help="a talker to go on with: a safetensors file or FOLDER/NAME of parts"
+    )
     parser.add_argument("--elapsed", type=float, default=0.0, help="with --resume: seconds that the earlier run took")
     parser.add_argument(
         "--device", help="by default cuda:0, where there is one; with torchrun that of the first process"
@@ -837,7 +839,7 @@ def main() -> None:
     readout = nn.Linear(config.talker_config.hidden_size, books.shape[2])
     initialise(model, readout, books)
     if args.resume:
-        model.load_state_dict(parts.read(args.resume.parent, args.resume.name))
+        model.load_state_dict(parts.begun(args.resume))
     trainer = Trainer(model.train().to(device), examples, books, tokenizer, config, ranks)
     with torch.no_grad():
         trainer.readout.load_state_dict(readout.state_dict())
