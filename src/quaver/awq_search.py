@@ -25,7 +25,6 @@ from quaver.model.layers import GROUPS, DecoderLayer, Group
 _EXPONENTS = tuple(index / 20 for index in range(20))
 _CLIPS = tuple(1 - 0.025 * index for index in range(20))
 _DAMPING = 0.05
-"""Of the mean power of an input, added to each before the moment is inverted."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -78,11 +77,12 @@ class Feedback:
     """[I, I]: the upper Cholesky factor of the inverse of their damped second moment, in that order."""
 
     @classmethod
-    def of(cls, second: Tensor) -> Feedback | None:
-        """The feedback of inputs with the second moment ``second`` [I, I]; None where that is singular beyond help."""
+    def of(cls, second: Tensor, damping: float = _DAMPING) -> Feedback | None:
+        """The feedback of inputs with the second moment ``second`` [I, I], their mean power times ``damping`` added to
+        each; None where that is singular beyond help."""
         order = second.diagonal().argsort(descending=True)
         moment = second[order][:, order].double()
-        moment.diagonal().add_(_DAMPING * moment.diagonal().mean().clamp(min=_TINY))
+        moment.diagonal().add_(damping * moment.diagonal().mean().clamp(min=_TINY))
         factor, failed = torch.linalg.cholesky_ex(moment)
         if int(failed):
             return None
