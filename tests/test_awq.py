@@ -20,12 +20,14 @@ from quaver.awq_search import (
     LayerSearch,
     Moment,
     absorbable,
+    better_rows,
     compensated,
     fold,
     nearest,
     row_errors,
     search_clip,
     search_layer,
+    settled,
 )
 from quaver.checkpoint import Checkpoint, Step
 from quaver.corpus import Item
@@ -247,6 +249,34 @@ def test_independent_inputs_leave_nothing_to_make_up_for():
     assert torch.equal(compensated(weight, torch.zeros(GROUP, GROUP), grid, silent).values, grid.values)
 
 
+def test_what_is_settled_gains_by_no_single_move():
+    torch.manual_seed(0)
+    weight, x = torch.randn(6, 2 * GROUP), torch.randn(3000, 2 * GROUP) @ torch.randn(2 * GROUP, 2 * GROUP) / 16
+    second, grid = x.T @ x / len(x), nearest(weight)
+    found = settled(weight, second, grid, n_rounds=50)
+    before, after = (row_errors(one.dequantize() - weight, second) for one in (grid, found))
+    assert bool((after < before).all())
+    wide, moment = (found.dequantize() - weight).double(), second.double()
+    steps = found.scales.double().repeat_interleave(GROUP, 1)
+    slope, power = 2 * wide @ moment, moment.diagonal()
+    for way in (1, -1):
+        allowed = (found.values < 15) if way > 0 else (found.values > 0)
+        gain = -(way * steps * slope + steps.square() * power)
+        assert float(gain[allowed].max()) < 1e-4 * float(after.max())
+    assert torch.equal(found.scales, grid.scales)
+    assert torch.equal(settled(weight, torch.zeros_like(second), grid).values, grid.values)
+
+
+def test_every_row_takes_its_best_form():
+    torch.manual_seed(0)
+    weight, second = torch.randn(16, GROUP), torch.eye(GROUP)
+    forms = [nearest(weight, torch.full((16, 1), share)) for share in (1.0, 0.8, 0.6)]
+    best = better_rows(weight, second, *forms)
+    errors = torch.stack([row_errors(form.dequantize() - weight, second) for form in forms])
+    torch.testing.assert_close(row_errors(best.dequantize() - weight, second), errors.amin(0))
+    assert len(errors.argmin(0).unique()) > 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_norm_absorbs_its_scale_without_rounding(layer, dtype):
     group = GROUPS[0]
@@ -461,9 +491,11 @@ def test_bad_requests_fail_before_any_work(toy_folder, items, tmp_path):
 
 def test_a_worse_find_falls_back_to_rounding_to_nearest(layer, monkeypatch):
     # Clipping everything to 0.55 is worse here: the search must notice and keep plain rounding.
-    monkeypatch.setattr(
-        "quaver.awq_search.search_clip", lambda weight, _: weight.new_full((len(weight), weight.shape[1] // 128), 0.55)
-    )
+    def worse(self, weight, second, feedback):
+        shrink = weight.new_full((len(weight), weight.shape[1] // GROUP), 0.55)
+        return nearest(weight, shrink if self.activation_aware else None)
+
+    monkeypatch.setattr(LayerSearch, "_rounded", worse)
     monkeypatch.setattr(LayerSearch, "_fold_best", lambda self, group: (0.0, 0.0, None))
     before = copy.deepcopy(layer.state_dict())
     search = search_layer(layer, moments_of(layer), torch.bfloat16)

@@ -3,7 +3,8 @@
 A linear's input channels are scaled up before rounding and the scale is taken back in the module before it: a norm's
 weight, or the rows of another linear (AWQ, Lin et al. 2023). The function stays the same; the rounding error moves away
 from the channels that carry much. Then each output row may clip its groups, and rounding itself goes input by input,
-each making up for the errors before it (GPTQ). Every choice has "leave it" among its candidates and is judged by the
+each making up for the errors before it (GPTQ), in several ranges of which each row takes the best; at last every value
+moves to the level that is best given the others. Every choice has "leave it" among its candidates and is judged by the
 error of the linear's output on calibration inputs, so none is worse than rounding to nearest.
 
 That error is ``trace(E C E^T)`` for a weight error E and the inputs' second moment C: the moment [in, in] stands for
@@ -24,6 +25,9 @@ from quaver.model.layers import GROUPS, DecoderLayer, Group
 
 _EXPONENTS = tuple(index / 20 for index in range(20))
 _CLIPS = tuple(1 - 0.025 * index for index in range(20))
+_RANGES = (1.0, 0.9)
+"""Shares of their ranges to which all groups of a row may be narrowed alike, beside what the search for clips finds."""
+_ROUNDS = 2
 _DAMPING = 0.05
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -109,8 +113,48 @@ def compensated(weight: Tensor, second: Tensor, grid: Int4Weight, feedback: Feed
             errors[:, i - start] = error
         left[:, end:] -= errors @ inverse[start:end, end:]
     found = Int4Weight(values[:, order.argsort()].contiguous(), grid.zeros, grid.scales)
-    better = row_errors(found.dequantize() - weight, second) < row_errors(grid.dequantize() - weight, second)
-    return Int4Weight(torch.where(better[:, None], found.values, grid.values), grid.zeros, grid.scales)
+    return better_rows(weight, second, grid, found)
+
+
+def settled(weight: Tensor, second: Tensor, found: Int4Weight, n_rounds: int = _ROUNDS) -> Int4Weight:
+    """``found`` for ``weight`` [O, I] after every value, in turn, has moved to the level that is best given the others.
+
+    Coordinate descent on each row's error (as QuantEase, Behdin et al. 2023): no row comes out worse.
+    """
+    order = second.diagonal().argsort(descending=True)
+    moment = second[order][:, order]
+    power = moment.diagonal().clamp(min=_TINY)
+    scales, zeros = (x.float().repeat_interleave(GROUP, 1)[:, order] for x in (found.scales, found.zeros))
+    values, wanted = found.values[:, order].float(), weight[:, order]
+    slope = ((values - zeros) * scales - wanted) @ moment
+    for _ in range(n_rounds):
+        moved = False
+        for start in range(0, weight.shape[1], GROUP):
+            end = start + GROUP
+            own, steps = slope[:, start:end].clone(), torch.zeros_like(slope[:, start:end])
+            for i in range(start, end):
+                aim = (values[:, i] - zeros[:, i]) * scales[:, i] - own[:, i - start] / power[i]
+                level = ((aim / scales[:, i]).round() + zeros[:, i]).clamp(0, LEVELS - 1)
+                steps[:, i - start] = (level - values[:, i]) * scales[:, i]
+                values[:, i] = level
+                own += torch.outer(steps[:, i - start], moment[i, start:end])
+            slope += steps @ moment[start:end]
+            moved = moved or bool(steps.any())
+        if not moved:
+            break
+    after = Int4Weight(values[:, order.argsort()].to(torch.uint8).contiguous(), found.zeros, found.scales)
+    return better_rows(weight, second, found, after)
+
+
+def better_rows(weight: Tensor, second: Tensor, first: Int4Weight, *others: Int4Weight) -> Int4Weight:
+    """Of several forms of ``weight`` [O, I] for each row that of the least error; the first of them where they tie."""
+    least, best = row_errors(first.dequantize() - weight, second), first
+    for other in others:
+        errors = row_errors(other.dequantize() - weight, second)
+        better = (errors < least)[:, None]
+        pairs = ((other.values, best.values), (other.zeros, best.zeros), (other.scales, best.scales))
+        best, least = Int4Weight(*(torch.where(better, a, b) for a, b in pairs)), torch.minimum(errors, least)
+    return best
 
 
 def row_errors(delta: Tensor, second: Tensor) -> Tensor:
@@ -241,16 +285,28 @@ class LayerSearch:
         n_clipped = n_groups = 0
         for linear in group.linears:
             original, weight = originals[linear], self._weight(linear)
-            shrink = search_clip(weight, folded) if self.activation_aware else None
-            rounded = nearest(weight, shrink)
-            self.weights[linear] = compensated(weight, folded, rounded, feedback) if feedback else rounded
+            self.weights[linear] = self._rounded(weight, folded, feedback)
             errors = row_errors(self.weights[linear].dequantize() - weight, folded) * self._units(linear).square()
             energy = row_errors(original, second).sum().clamp(min=_TINY)
             before += float(row_errors(nearest(original).dequantize() - original, second).sum() / energy)
             after += float(errors.sum() / energy)
-            n_clipped += 0 if shrink is None else int((shrink < 1).sum())
+            n_clipped += int((self.weights[linear].scales < nearest(weight).scales).sum())
             n_groups += weight.numel() // GROUP
         return GroupReport(group.name, alpha, beta, before, after, n_clipped / n_groups)
+
+    def _rounded(self, weight: Tensor, second: Tensor, feedback: Feedback | None) -> Int4Weight:
+        """Each row of ``weight`` [O, I] in the ranges in which it can be rounded best."""
+        if not self.activation_aware:
+            return nearest(weight)
+        shrink = search_clip(weight, second)
+        grids = [nearest(weight, shrink), *(nearest(weight, torch.full_like(shrink, share)) for share in _RANGES)]
+        if feedback:
+            # Rows know nothing of one another: all forms of all rows are rounded at once.
+            parts = [torch.cat(one) for one in zip(*((g.values, g.zeros, g.scales) for g in grids), strict=True)]
+            rounded = compensated(weight.repeat(len(grids), 1), second, Int4Weight(*parts), feedback)
+            pieces = (one.chunk(len(grids)) for one in (rounded.values, rounded.zeros, rounded.scales))
+            grids = [Int4Weight(*one) for one in zip(*pieces, strict=True)]
+        return settled(weight, second, better_rows(weight, second, *grids))
 
     def _weight(self, linear: str) -> Tensor:
         return self.layer.get_parameter(f"{linear}.weight").data
