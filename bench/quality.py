@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 
 import voice
-from quaver import awq, corpus
-from quaver.checkpoint import Checkpoint
+from quaver import awq, corpus, validate
+from quaver.checkpoint import Checkpoint, Step, sha256
 from quaver.cli import Progress
 from quaver.corpus import Item
 from quaver.errors import QuaverError
@@ -32,50 +31,36 @@ from quaver.model.tts import TTS
 from rivals import SEARCHES
 
 _SEED = 1729
-_BATCH = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Opinion:
-    """What a model thinks of one utterance of T frames: log-probabilities of codebook 0 over the ids that may be
-    sampled, the stop id last [T + 1, V], of the others [T, Q - 1, V'], and what its predictor is handed [T + 1, D]."""
+FIGURES = (
+    "KL of codebook 0, nats",
+    "same likeliest, %",
+    "KL of codebooks 1 to 15, nats",
+    "predictor's input, %",
+    "stop, %",
+)
+"""Divergence and agreement with the original; the error of what the code predictor is handed, as a share of its power;
+that of the probability to stop at the true end."""
 
-    first: Tensor
-    residual: Tensor
-    hidden: Tensor
-
-
-FIGURES = {
-    "KL of codebook 0, nats": "how far codebook 0 is from the original's",
-    "same likeliest, %": "how often both find the same code of codebook 0 likeliest",
-    "KL of codebooks 1 to 15, nats": "the mean of them, on the same speech",
-    "predictor's input, %": "error of what the code predictor is handed, as a share of its power",
-    "stop, %": "mean error of the probability to stop, at the true end",
-}
-"""The forced figures and what they say."""
+Answer = tuple[validate.Opinion, Tensor]
+"""What a model thinks of an utterance of T frames, and what it hands to its code predictor [T + 1, D]."""
 
 
-def opinions(tts: TTS, items: Sequence[Item]) -> Iterator[Opinion]:
-    """What ``tts`` thinks of ``items``."""
-    stop = tts.config.talker_config.codec_eos_token_id
-    sampled = ~tts.suppressed(stop_too=True)
-    for start in range(0, len(items), _BATCH):
-        batch = items[start : start + _BATCH]
-        for found in tts.force([tts.prompt(item.utterance) for item in batch], [item.codes for item in batch]):
-            first = torch.cat((found.talker[:, sampled], found.talker[:, stop, None]), dim=1)
-            yield Opinion(first.log_softmax(-1), found.residual.log_softmax(-1), found.hidden.float())
+def answers(tts: TTS, items: Sequence[Item], progress: Progress) -> Iterator[Answer]:
+    """What ``tts`` makes of ``items``."""
+    for found in validate.force(tts, items, progress):
+        yield validate.opinion(tts, found, "cpu"), found.hidden.float().cpu()
 
 
-def differences(ours: Opinion, theirs: Opinion) -> tuple[np.ndarray, np.ndarray]:
+def differences(ours: Answer, theirs: Answer) -> tuple[np.ndarray, np.ndarray]:
     """Sums and counts, [5] each, of the figures of one utterance, in the order of FIGURES."""
-    kl = (ours.first.exp() * (ours.first - theirs.first)).sum(-1)
-    same = (ours.first.argmax(-1) == theirs.first.argmax(-1)).float()
-    rest = (ours.residual.exp() * (ours.residual - theirs.residual)).sum(-1)
-    apart = (ours.hidden - theirs.hidden).square().sum()
-    stop = (ours.first[-1, -1].exp() - theirs.first[-1, -1].exp()).abs()
-    sums = (kl.sum(), 100 * same.sum(), rest.sum(), 100 * apart, 100 * stop)
-    counts = (kl.numel(), same.numel(), rest.numel(), ours.hidden.square().sum(), 1)
-    return np.array([float(x) for x in sums]), np.array([float(x) for x in counts])
+    found, (hidden, moved) = validate.difference(ours[0], theirs[0]), (ours[1], theirs[1])
+    stop = abs(found.stops[0][-1] - found.stops[1][-1])
+    apart, power = float((moved - hidden).square().sum()), float(hidden.square().sum())
+    first, rest = found.n_frames[0], found.n_frames[1:].sum()
+    sums = [found.kl[0], 100 * found.agreed[0], found.kl[1:].sum(), 100 * apart, 100 * stop]
+    return np.array(sums, float), np.array([first, first, rest, power, 1], float)
 
 
 def interval(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,15 +71,16 @@ def interval(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def quantized(source: Checkpoint, methods: Sequence[str], out: Path, n_samples: int, progress: Progress) -> list[Path]:
-    """The checkpoints OUT/method; what is there already, of this original and this many utterances, is kept."""
+    """The checkpoints OUT/method; what is there already, of this original and this many utterances, is kept: remove it
+    when a method has changed."""
     recipe, items = awq.Recipe(n_samples=n_samples), list[Item]()
     folders = [out / method for method in methods]
     for method, folder in zip(methods, folders, strict=True):
         if folder.exists():
-            made = Checkpoint.open(folder).provenance
-            used = [step.recipe.get("n_samples") for step in made.steps if step.tool == "quantize"]
-            if used[-1:] != [n_samples]:
-                raise QuaverError(f"{folder} was quantized on {used[-1:]} utterances, not {n_samples}: remove it")
+            (made,) = Checkpoint.open(folder).provenance.steps[-1:] or (Step("nothing"),)
+            same = made.parents and all(sha256(source.path / file) == total for file, total in made.parents.items())
+            if made.tool != "quantize" or made.recipe.get("n_samples") != n_samples or not same:
+                raise QuaverError(f"{folder} was not made of {source.path} on {n_samples} utterances: remove it")
             continue
         if not items:
             items = list(corpus.builtin(TTS.load(source), n_samples, seed=recipe.seed, progress=progress))
@@ -119,10 +105,10 @@ def main() -> int:
     tts = TTS.load(source)
     items = corpus.builtin(tts, asked.n, seed=_SEED, split="held-out", progress=progress)
     with torch.inference_mode():
-        original = list(opinions(tts, items))
+        original = list(answers(tts, items, progress))
         table: dict[str, dict[str, list[float]]] = {}
         for method, folder in zip(asked.methods, folders, strict=True):
-            pairs = zip(original, opinions(TTS.load(folder), items), strict=True)
+            pairs = zip(original, answers(TTS.load(folder), items, progress), strict=True)
             sums, counts = (np.stack(x) for x in zip(*(differences(*pair) for pair in pairs), strict=True))
             low, high = interval(sums, counts)
             values = sums.sum(0) / counts.sum(0)

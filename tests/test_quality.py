@@ -10,6 +10,7 @@ import torch
 
 import quality
 import rivals
+from quaver import validate
 from quaver.awq_search import Moment, nearest, row_errors
 from quaver.int4 import GROUP
 from quaver.model.layers import GROUPS, DecoderLayer
@@ -71,19 +72,17 @@ def test_half_quadratic_zero_points_cost_nothing_when_rounded() -> None:
 def test_figures_of_the_same_opinion_are_nothing_and_grow_with_the_distance() -> None:
     torch.manual_seed(0)
 
-    def opinion(noise: float) -> quality.Opinion:
+    def answer(noise: float) -> quality.Answer:
         torch.manual_seed(1)
         first, rest, hidden = torch.randn(6, 9), torch.randn(5, 3, 8), torch.randn(6, 4)
         torch.manual_seed(2)
-        return quality.Opinion(
-            (first + noise * torch.randn(6, 9)).log_softmax(-1),
-            (rest + noise * torch.randn(5, 3, 8)).log_softmax(-1),
-            hidden + noise * torch.randn(6, 4),
-        )
+        moved = (x + noise * torch.randn_like(x) for x in (first, rest))
+        opinion = validate.Opinion(*(x.log_softmax(-1) for x in moved))
+        return opinion, hidden + noise * torch.randn(6, 4)
 
-    sums, counts = quality.differences(opinion(0.0), opinion(0.0))
+    sums, counts = quality.differences(answer(0.0), answer(0.0))
     np.testing.assert_allclose((sums / counts)[[0, 1, 2, 3, 4]], [0.0, 100.0, 0.0, 0.0, 0.0], atol=1e-5)
-    near, far = (np.divide(*quality.differences(opinion(0.0), opinion(noise))) for noise in (0.1, 1.0))
+    near, far = (np.divide(*quality.differences(answer(0.0), answer(noise))) for noise in (0.1, 1.0))
     assert (near[[0, 2, 3]] < far[[0, 2, 3]]).all()
     low, high = quality.interval(np.stack([sums, sums]), np.stack([counts, counts]))
     np.testing.assert_allclose(low, high)

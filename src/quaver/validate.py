@@ -56,7 +56,7 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opinion:
+class Opinion:
     """Log-probabilities on one utterance: codebook 0 [T + 1, V], the stop id last, and the others [T, Q - 1, V'].
 
     Codebook 0 is over the ids that may be sampled: what a model thinks of control ids changes no speech.
@@ -123,42 +123,45 @@ def _check_comparable(candidate: Checkpoint, source: Checkpoint) -> None:
             )
 
 
-def _ask_original(source: Checkpoint, recipe: Recipe, place: _Place) -> tuple[list[_Opinion], Side]:
+def _ask_original(source: Checkpoint, recipe: Recipe, place: _Place) -> tuple[list[Opinion], Side]:
     tts = TTS.load(source, device=place.device, dtype=place.dtype)
     telling = place.tell("the original speaks")
     spoken = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, split="held-out", progress=telling)
     if not all(len(item.codes) for item in spoken):
         raise RecipeError(f"{source.path} says nothing for one of its texts: there is nothing to compare with")
-    judged = _force(tts, spoken, place.tell("the original judges its speech"))
-    opinions = [_opinion(tts, logits, "cpu") for logits in judged]
+    judged = force(tts, spoken, place.tell("the original judges its speech"))
+    opinions = [opinion(tts, logits, "cpu") for logits in judged]
     return opinions, _side("original", tts, spoken, recipe)
 
 
 def _ask_candidate(
-    candidate: Checkpoint, spoken: Sequence[Item], opinions: Sequence[_Opinion], recipe: Recipe, place: _Place
+    candidate: Checkpoint, spoken: Sequence[Item], opinions: Sequence[Opinion], recipe: Recipe, place: _Place
 ) -> tuple[list[Difference], Side]:
     tts = TTS.load(candidate, device=place.device, dtype=place.dtype)
-    judged = _force(tts, spoken, place.tell("the candidate judges it"))
+    judged = force(tts, spoken, place.tell("the candidate judges it"))
     pairs = zip(opinions, judged, strict=True)
-    differences = [_difference(before, _opinion(tts, logits, place.device)) for before, logits in pairs]
+    differences = [difference(before, opinion(tts, logits, place.device)) for before, logits in pairs]
     answers = corpus.speak(tts, [item.utterance for item in spoken], place.tell("the candidate speaks"))
     return differences, _side("candidate", tts, answers, recipe)
 
 
-def _force(tts: TTS, items: Sequence[Item], tell: Progress) -> Iterator[Logits]:
+def force(tts: TTS, items: Sequence[Item], tell: Progress) -> Iterator[Logits]:
+    """What ``tts`` thinks of the speech of ``items``, one after the other."""
     for start in range(0, len(items), _BATCH):
         batch = items[start : start + _BATCH]
         yield from tts.force([tts.prompt(item.utterance) for item in batch], [item.codes for item in batch])
         tell("", start + len(batch), len(items))
 
 
-def _opinion(tts: TTS, logits: Logits, device: str) -> _Opinion:
+def opinion(tts: TTS, logits: Logits, device: str) -> Opinion:
+    """The log-probabilities of ``logits``, on ``device``."""
     stop_id = tts.config.talker_config.codec_eos_token_id
     first = torch.cat((logits.talker[:, ~tts.suppressed(stop_too=True)], logits.talker[:, stop_id, None]), dim=1)
-    return _Opinion(first.log_softmax(-1).to(device), logits.residual.log_softmax(-1).to(device))
+    return Opinion(first.log_softmax(-1).to(device), logits.residual.log_softmax(-1).to(device))
 
 
-def _difference(before: _Opinion, after: _Opinion) -> Difference:
+def difference(before: Opinion, after: Opinion) -> Difference:
+    """How far the second opinion of an utterance is from the first."""
     first, residual = before.first.to(after.first.device), before.residual.to(after.residual.device)
     pairs = [(first, after.first), *zip(residual.unbind(1), after.residual.unbind(1), strict=True)]
     return Difference(
