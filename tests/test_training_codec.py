@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quaver.model.codec_encoder import Codec
-from training import decoder, encoder, parts, recipe, shards
-from training.encode import batches, encode
+from training import decoder, encode, encoder, parts, recipe, shards, voices
 from training.encoder import Coding
 from training.pool import Pool, Recording, from_sets
 
+_CPU = torch.device("cpu")
 _FRAME = recipe.SAMPLES_PER_FRAME
 
 
@@ -92,8 +92,8 @@ def test_clips_encoded_together_have_the_codes_of_each_alone_but_at_its_end() ->
     coding = Coding(Codec(recipe.codec_config()).encoder)
     coding.books.normal_()
     clips = [_noise(n, n) for n in (2, 5, 1, 4)]
-    assert batches([2, 5, 1, 4], 10) == [[1, 3], [0, 2]]
-    together, alone = encode([coding], clips, limit=10), encode([coding, coding], clips, limit=1)
+    assert encode.batches([2, 5, 1, 4], 10) == [[1, 3], [0, 2]]
+    together, alone = encode.encode([coding], clips, limit=10), encode.encode([coding, coding], clips, limit=1)
     for some, same, clip in zip(together, alone, clips, strict=True):
         assert some.shape == (len(clip) // _FRAME, recipe.N_CODEBOOKS)
         # What is said is heard causally; how it sounds is looked at a little beyond the frame.
@@ -135,6 +135,21 @@ def test_hours_of_a_set_are_shared_by_its_speakers(tmp_path: Path) -> None:
     assert [r.voice for r in some] == ["a", "b", "a", "b"]
 
 
+def test_crops_as_said_are_the_frames_they_are_named_after(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lines = [{"text": i, "speaker": "abb"[i % 3], "offset": 20 * i * _FRAME, "n_frames": 20} for i in range(9)]
+    (tmp_path / "part-000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    said = _noise(180)
+    (tmp_path / "part-000.s16").write_bytes(said.tobytes())
+    pool = Pool(from_sets([tmp_path], hours=100.5 * 0.08 / 3600), _CPU)
+    samples, frames = pool.draw_as_said(16, 3)
+    assert len(set(frames[:, 0].tolist())) > 4
+    for row, places in zip(samples, frames, strict=True):
+        for i, place in enumerate(places.tolist()):
+            wanted = torch.from_numpy(said[place * _FRAME : (place + 1) * _FRAME].astype(np.float32)) / 32767.0
+            torch.testing.assert_close(row[i * _FRAME : (i + 1) * _FRAME], wanted)
+
+
 def test_a_faster_crop_sounds_higher() -> None:
     wave = (9000 * torch.sin(2 * torch.pi * 3000 / 24_000 * torch.arange(60.0 * _FRAME))).short().numpy()
     pool = Pool([Recording("a", wave)], torch.device("cpu"))
@@ -145,11 +160,8 @@ def test_a_faster_crop_sounds_higher() -> None:
     assert (found - wanted).abs().max() < 0.003
 
 
-_CPU = torch.device("cpu")
-
-
-def _run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, words), "--toy"])
+def _run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: object, toy: bool = True) -> None:
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, words), *(["--toy"] if toy else [])])
     module.main()
 
 
@@ -179,6 +191,9 @@ def test_encoder_and_decoder_are_trained_from_a_set_to_a_whole_codec(
     _run(encoder, monkeypatch, "train", *common, *latents, "--out", tmp_path / "encoder", "--seconds", 0.5)
     assert (tmp_path / "encoder" / "done").exists()
     out = tmp_path / "decoder"
+    _run(voices, monkeypatch, "--set", tmp_path, "--out", tmp_path / "voices", "--seconds", 0.1)
+    _run(encode, monkeypatch, *common, *latents, "--out", tmp_path / "own", toy=False)
+    (tmp_path / "own" / "done").touch()
     _run(
         decoder,
         monkeypatch,
@@ -186,12 +201,19 @@ def test_encoder_and_decoder_are_trained_from_a_set_to_a_whole_codec(
         *latents,
         "--encoder",
         tmp_path / "encoder" / "codec",
+        "--voices",
+        tmp_path / "voices",
+        "--own",
+        tmp_path / "own",
         "--out",
         out,
         "--seconds",
         4,
     )
-    assert "the encoder's codes" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert "half of it in the encoder's codes, its voices are heard, some of it in the talker's own codes" in found
+    last = [line for line in found.splitlines() if ": mel" in line][-1]
+    assert all(float(last.split(f"{name} ")[1].split()[0]) > 0.0 for name in ("mel", "heard", "mel of own"))
     codec = Codec(recipe.codec_config())
     codec.load_state_dict(parts.read(out, "codec"))
     made = parts.read(tmp_path / "encoder", "codec")

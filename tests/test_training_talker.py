@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quaver.model.tts import TTS, Model
-from training import recipe, shards, talker
+from training import own, recipe, shards, talker
 
 
 def _trainer(toy_tts: TTS) -> talker.Trainer:
@@ -95,6 +95,26 @@ def test_it_begins_with_the_voices_that_were_learnt_before(toy_tts: TTS) -> None
     assert all(torch.equal(p, learnt[f"encoder.{n}"]) for n, p in encoder.named_parameters())
     assert bool((trainer.voices == 1.0).all())
     assert all(torch.equal(mean, p) for mean, p in zip(trainer.ema, trainer.parameters, strict=True))
+
+
+def test_what_it_says_itself_is_the_predictors_and_only_where_it_was_asked(
+    toy_tts: TTS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "OWN_TEMPERATURES", (1e-6, 1e-6))
+    trainer = _trainer(toy_tts)
+    sayer, examples = own.Sayer(trainer), trainer.examples
+    hidden, first = torch.randn(5, trainer.readout.in_features), torch.randint(recipe.N_CODES, (5,))
+    said = sayer.rest(hidden, first)
+    talker_ = trainer.model.talker
+    logits = talker_.code_predictor.force(hidden, talker_.model.codec_embedding(first), said)
+    assert torch.equal(said, logits.argmax(-1))
+    codes = sayer.say(np.array([1, 3]), lambda _: None)
+    assert torch.equal(codes[:, 0], examples.codes[:, 0])
+    starts, lengths = examples.on_device["start"], examples.on_device["n_frames"]
+    for clip in range(4):
+        frames = slice(int(starts[clip]), int(starts[clip] + lengths[clip]))
+        changed = (codes[frames, 1:] != examples.codes[frames, 1:]).float().mean()
+        assert changed > 0.9 if clip in (1, 3) else changed == 0.0
 
 
 def test_batches_have_few_shapes_and_room_for_all_that_is_in_them(toy_tts: TTS) -> None:

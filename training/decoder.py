@@ -6,6 +6,10 @@ CODEC and LATENTS as in `training.encoder`; ENCODER is FOLDER/codec, the parts t
 that is there the decoder learns what the codes are to tell, measured on the sound itself, as the talker does; from then
 on half of its crops have the encoder's own codes.
 
+With `--own` a share of the crops have the codes that the talker itself would say (`training.own`), as soon as they are
+there and again whenever they are new: its first codebooks are right, the others as wrong as they will be. With
+`--voices` whose voice is heard counts, by the speaker encoder that `training.voices` writes.
+
 At first it only draws: its first half, down to 50 Hz, learns to give back what the codes tell, as a linear map of its
 output. Learnt through sound that takes far longer.
 
@@ -25,17 +29,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from quaver.config import SpeakerConfig, parse
+from quaver.model import speaker
 from quaver.model.codec import CodecDecoder
 from quaver.model.codec_encoder import Codec, CodecEncoder
-from training import data, parts, quantizer, recipe
+from quaver.model.speaker import SpeakerEncoder
+from training import data, parts, quantizer, recipe, shards
 from training.encoder import Coding, captured, check, descend, first_codec, keep, open_coding
 from training.latents import WIDTH, by_column
 from training.losses import Discriminators, MelDistance
 from training.pool import Pool, from_sets
 from training.ranks import Ranks
 
-_REPORTED = ("mel", "low", "own", "adv", "match", "sketch", "heard", "unlike")
+_REPORTED = ("mel", "low", "own", "adv", "match", "sketch", "heard", "voice", "mel of own", "unlike")
 _LOW_HZ = 500.0
 _BRIGHT = 0.5
 
@@ -66,6 +74,9 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.first = copy.deepcopy(codec).to(device).requires_grad_(False)
         self.encoder: CodecEncoder | None = None
+        self.own: Tensor | None = None
+        """The talker's own codes [frames, Q] for all frames of the encoded sets."""
+        self.recognizer: SpeakerEncoder | None = None
         self.decoder = copy.deepcopy(codec.decoder).to(device)
         self.sounded = sounded
         if device.type == "cuda":
@@ -98,6 +109,7 @@ class Trainer:
             torch.optim.AdamW(group, lr=rate, betas=(0.8, 0.99), weight_decay=1e-3, fused=fused, capturable=fused)
             for group, rate in zip((self.early, self.late, self.theirs), self.lr, strict=True)
         ]
+        self._updates: dict[int, Callable[[], None]] = {}
         self.ramp = torch.tensor(0.0, device=device)
         self.report = torch.zeros(len(_REPORTED), device=device)
         self.odd = torch.zeros((), device=device)
@@ -160,21 +172,49 @@ class Trainer:
     def step(self) -> None:
         """One train step of everything."""
         s = self.settings
-        real = self.pool.draw(s.batch, s.n_frames, s.changed)
+        n = s.n_own if self.own is not None else 0
+        real = self.pool.draw(s.batch - n, s.n_frames, s.changed)
         with self.autocast():
             first, rest, features = self.read(real)
+            if self.own is not None:
+                said, frames = self.pool.draw_as_said(n, s.n_frames)
+                own_first, own_rest = self.vectors(self.own[frames].long())
+                real, first = torch.cat((said, real)), torch.cat((own_first, first))
+                rest = torch.cat((own_rest, rest))
             middle = halfway(self.decoder, projected(self.decoder, first, rest))
             made = self.sounded(self.decoder, middle).float()
-            sketch = self.drawn(middle, features)
+            sketch = self.drawn(middle[n:], features)
             own, adversarial, matching = self.discriminators(*excerpts(real, made))
             heard = self.reheard(real, made)
-        mel, low = self.distance(real, made), apart_below(real, made, _LOW_HZ)
-        loss = s.mel_weight * mel + s.low_weight * low + s.sketch_weight * sketch + s.heard_weight * heard
+        # No talker foresees the phase: what it says of that is no duty of its sound.
+        mel, low = self.distance(real[n:], made[n:]), apart_below(real[n:], made[n:], _LOW_HZ)
+        mel_own = self.distance(real[:n], made[:n]) if n else mel.detach() * 0.0
+        voice = self.unlike(real, made) if self.recognizer else mel.detach() * 0.0
+        mels = ((s.batch - n) * mel + n * mel_own) / s.batch
+        loss = s.mel_weight * mels + s.low_weight * low + s.sketch_weight * sketch + s.heard_weight * heard
         loss = loss + self.ramp * (s.adversarial_weight * adversarial + s.matching_weight * matching)
+        loss = loss + s.voice_weight * voice
         gradients = torch.autograd.grad(loss, [*self.early, *self.late], retain_graph=True)
         theirs = torch.autograd.grad(own, self.theirs)
         keep([*self.early, *self.late, *self.theirs], (*gradients, *theirs))
-        self._tell(mel=mel, low=low, own=own, adv=adversarial, match=matching, sketch=sketch, heard=heard)
+        told = {"mel": mel, "low": low, "own": own, "adv": adversarial, "match": matching, "sketch": sketch}
+        self._tell(**told, heard=heard, voice=voice, **{"mel of own": mel_own})
+
+    def vectors(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """What `read` makes of sound, of ``codes`` int64 [B, T, Q]: the vectors of codebook 0 and the sums of the
+        others' [B, T, d]."""
+        books = self.coding.books
+        sums = [F.embedding(codes[..., i], book) for i, book in enumerate(books)]
+        return sums[0], torch.stack(sums[1:]).sum(0)
+
+    def unlike(self, real: Tensor, made: Tensor) -> Tensor:
+        """How far the voices heard in ``real`` and ``made`` [B, N] are apart: one minus the cosine."""
+        assert self.recognizer is not None
+        with torch.autocast(self.device.type, enabled=False):
+            found = self.recognizer(speaker.mel(torch.cat((real, made))))
+            wanted, got = F.normalize(found, dim=1, eps=1e-4).chunk(2)
+            apart: Tensor = 1.0 - (wanted * got).sum(1).mean()
+        return apart
 
     def reheard(self, real: Tensor, made: Tensor) -> Tensor:
         """The share of what is said in half of ``real`` [B, N] that is not heard in ``made``."""
@@ -198,7 +238,12 @@ class Trainer:
         used = (self.early, self.late, self.theirs)[:n_groups]
         grads = [p.grad for parameters in used for p in parameters if p.grad is not None]
         differentiate = captured(self.step if sounding else self.draw_step, self.device)
-        update = captured(lambda: self.update(n_groups), self.device)
+        if n_groups not in self._updates:
+            # What is run to be captured must change nothing: it would in every process something else.
+            for tensor in (*self.lr, *grads):
+                tensor.zero_()
+            self._updates[n_groups] = captured(lambda: self.update(n_groups), self.device)
+        update = self._updates[n_groups]
 
         def step() -> None:
             differentiate()
@@ -215,6 +260,23 @@ class Trainer:
     def follow(self, encoder: CodecEncoder) -> None:
         """From now on half of the codes are those of ``encoder``."""
         self.encoder = encoder.to(self.device).requires_grad_(False)
+
+    def recognize(self, state: dict[str, Tensor]) -> None:
+        """From now on whose voice is heard counts, by the speaker encoder in ``state`` (`training.voices`)."""
+        config = parse(SpeakerConfig, recipe.SPEAKER_ENCODER, "training/recipe.py: SPEAKER_ENCODER")
+        encoder = SpeakerEncoder(config)
+        encoder.load_state_dict({n.removeprefix("encoder."): p for n, p in state.items() if n.startswith("encoder.")})
+        self.recognizer = encoder.to(self.device).requires_grad_(False)
+        # A filter bank is made once for a device, and not within a graph.
+        speaker.mel(torch.zeros(1, data.RATE_HZ, device=self.device))
+
+    def take(self, codes: Tensor) -> bool:
+        """From now on some crops have the talker's own ``codes`` [frames, Q]; whether there were none before."""
+        if self.own is None:
+            self.own = codes.to(self.device, torch.int16)
+            return True
+        self.own.copy_(codes)
+        return False
 
     def pace(self, elapsed_s: float) -> None:
         """Sets learning rates and the adversarial ramp for a moment of the run."""
@@ -279,10 +341,39 @@ def apart_below(real: Tensor, made: Tensor, hz: float) -> Tensor:
     return found
 
 
-def train(
-    trainer: Trainer, ranks: Ranks, encoder: Path | None, save: Callable[[], None], log: Callable[[str], None]
-) -> None:
-    """Draws, then sounds, until the recipe's seconds are over; listens to ``encoder`` as soon as its parts are whole.
+class Others:
+    """What other stages of a run write for the decoder while it learns, taken up as soon as it is whole."""
+
+    def __init__(self, trainer: Trainer, encoder: Path | None, voices: Path | None, own: Path | None) -> None:
+        self.trainer, self.encoder, self.voices, self.own = trainer, encoder, voices, own
+        self._last_ns = 0
+
+    def news(self) -> str:
+        """What is new in all processes, and was taken up; empty where nothing was that changes a train step."""
+        trainer, found = self.trainer, list[str]()
+        path, changed_ns = self.encoder, 0
+        heard = bool(path and trainer.encoder is None and (path.is_file() or (path.parent / "done").exists()))
+        known = bool(self.voices and trainer.recognizer is None and (self.voices / "done").exists())
+        if self.own and (self.own / "done").exists():
+            changed_ns = (self.own / "done").stat().st_mtime_ns
+        heard, known, said = trainer.ranks.everywhere([heard, known, changed_ns > self._last_ns])
+        if path and heard:
+            codec = Codec(recipe.codec_config())
+            codec.load_state_dict(parts.begun(path))
+            trainer.follow(codec.encoder)
+            found.append("half of it in the encoder's codes")
+        if self.voices and known:
+            trainer.recognize(parts.read(self.voices, "voices"))
+            found.append("its voices are heard")
+        if self.own and said:
+            self._last_ns = changed_ns
+            if trainer.take(shards.read(self.own).codes):
+                found.append("some of it in the talker's own codes")
+        return ", ".join(found)
+
+
+def train(trainer: Trainer, ranks: Ranks, others: Others, save: Callable[[], None], log: Callable[[str], None]) -> None:
+    """Draws, then sounds, until the recipe's seconds are over, with what ``others`` write meanwhile.
 
     Raises FloatingPointError when too many steps were not finite.
     """
@@ -291,12 +382,9 @@ def train(
     sounding, n_steps, told, saved_s, elapsed = False, 0, 0, 0.0, 0.0
     while elapsed < s.total_s:
         again = step is None or sounding != (elapsed >= s.drawn_s)
-        if encoder and trainer.encoder is None and (encoder.is_file() or (encoder.parent / "done").exists()):
-            codec = Codec(recipe.codec_config())
-            codec.load_state_dict(parts.begun(encoder))
-            trainer.follow(codec.encoder)
+        if news := others.news():
             again = True
-            log(f"{elapsed:.0f} s, step {n_steps}: from now on half of it in the encoder's codes")
+            log(f"{elapsed:.0f} s, step {n_steps}: from now on {news}")
         if again:
             sounding, first = elapsed >= s.drawn_s, step is None
             step = None
@@ -330,6 +418,8 @@ def main() -> None:
     parser.add_argument(
         "--encoder", type=Path, help="what `training.encoder train` writes, FOLDER/codec, or a codec's file"
     )
+    parser.add_argument("--voices", type=Path, help="where `training.voices` writes")
+    parser.add_argument("--own", type=Path, help="where `training.own` writes")
     parser.add_argument("--resume", type=Path, help="a codec to go on with: a safetensors file or FOLDER/NAME of parts")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1200.0)
@@ -352,7 +442,7 @@ def main() -> None:
     if args.drawn is not None:
         settings = dataclasses.replace(settings, drawn_s=args.drawn)
     if args.toy:
-        settings = dataclasses.replace(settings, batch=2, drawn_batch=3, n_frames=6, drawn_s=args.seconds / 2)
+        settings = dataclasses.replace(settings, batch=3, n_own=1, drawn_batch=3, n_frames=6, drawn_s=args.seconds / 2)
     pool = Pool(from_sets(args.set, args.hours), device)
     log(pool.described)
     codec = first_codec(args.first)
@@ -371,7 +461,7 @@ def main() -> None:
         parts.write(args.out, "codec", parts.codec_state(trainer.whole().cpu()), torch.float32)
         log("saved")
 
-    train(trainer, ranks, args.encoder, save, log)
+    train(trainer, ranks, Others(trainer, args.encoder, args.voices, args.own), save, log)
     save()
     ranks.end()
 

@@ -36,6 +36,14 @@ class Ranks:
             dist.broadcast(self._clock, 0)
         return float(self._clock)
 
+    def everywhere(self, true: list[bool]) -> list[bool]:
+        """Which of these are ``true`` for all processes; all must ask equally often."""
+        if self.world == 1:
+            return true
+        flags = torch.tensor(true, device=self.device, dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+        return [bool(flag) for flag in flags.tolist()]
+
     def mean(self, gradients: list[Tensor]) -> None:
         """Gives ``gradients`` their mean over all processes."""
         if self.world == 1:

@@ -12,6 +12,9 @@ N_CODES = 384
 SAMPLES_PER_FRAME = 1920
 N_STEADY = 6
 """How many codebooks, from codebook 1 on, tell nothing of the phase of the voice."""
+OWN_TEMPERATURES = 0.05, 0.4
+"""At which the code predictor says what the decoder learns to read (`training.own`), least and most: speech has 0.1."""
+
 
 CODEC: dict[str, Any] = {
     "architectures": ["Qwen3TTSTokenizerV2Model"],
@@ -119,6 +122,8 @@ class DecoderRecipe:
     """How the codec's decoder is trained, first its first half alone."""
 
     batch: int = 10
+    n_own: int = 4
+    """Of them with the talker's own codes, once there are any."""
     n_frames: int = 30
     changed: float = 0.3
     drawn_batch: int = 64
@@ -139,6 +144,8 @@ class DecoderRecipe:
     """The weight of what the middle of the decoder misses of what the codes tell."""
     heard_weight: float = 10.0
     """The weight of what is said in a recording and not heard in its copy, as a share of its power."""
+    voice_weight: float = 5.0
+    """The weight of what is lost of a voice, as one minus a cosine."""
     ema_decay: float = 0.999
     seed: int = 1729
 

@@ -5,8 +5,8 @@
 #
 # WORK holds texts.jsonl, jobs-0.xz, jobs-1.xz, styles.npz, text/ (the tokenizer) and kokoro*.bin or .safetensors; logs, sets and results go there, the
 # checkpoint to WORK/tiny. Codec and talker go on from the voice that ships, its codebooks are in training/begun. Speech that is there already (WORK/sets) is
-# not spoken again. SPEECH: seconds of that, by default 130, ENOUGH: of them before the codec begins, 60. ANEW=1: the talker from nothing. TOY=1: a few steps
-# of everything on a CPU, from the speech that is there.
+# not spoken again; SPEECH: seconds of it, by default 130. VOICES: seconds of the speaker encoder alone, 75. ANEW=1: the talker from nothing. TOY=1: a few
+# steps of everything on a CPU, from the speech that is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}.:src" PYTHONUNBUFFERED=1
@@ -23,27 +23,39 @@ several() { [ -n "$toy" ] && echo python3 || echo python3 -m torch.distributed.r
 sets=()
 for gpu in 0 1 2 3; do sets+=(--set "$work/sets/$gpu"); done
 [ -n "$toy" ] && sets=(--set "$work/sets/0")
-speakers=()
 if [ -z "$toy" ] && [ ! -e "$work/sets/.spoken" ]; then
     for gpu in 0 1 2 3; do
         python3 -m training.kokoro speak --jobs "$work/jobs-$((gpu % 2)).xz" --weights "$work"/kokoro* --styles "$work/styles.npz" \
             --out "$work/sets/$gpu" --share "$((gpu / 2))/2" --seconds "${SPEECH:-130}" --device "cuda:$gpu" > "$logs/speech-$gpu.log" 2>&1 &
-        speakers+=($!)
     done
-    sleep "${ENOUGH:-60}"
+    wait
+    touch "$work/sets/.spoken"
 fi
 
 # The decoder and the talker need about a minute before their clocks start, and some seconds after they stand still.
+hours=$([ -n "$toy" ] && echo 0.01 || echo 30)
 # shellcheck disable=SC2046
-$(several 29601) -m training.decoder "${sets[@]}" --hours 30 --first $first --latents $begun --encoder $first --resume $first --drawn 0 \
-    --out "$work/decoder" --seconds "$(left "${AROUND:-100}")" --device "$(device 2)" $toy > "$logs/decoder.log" 2>&1 &
+$(several 29601) -m training.decoder "${sets[@]}" --hours "$hours" --first $first --latents $begun --encoder $first --resume $first --drawn 0 \
+    --voices "$work/voices" --own "$work/own" --out "$work/decoder" --seconds "$(left "${AROUND:-100}")" --device "$(device 2)" $toy > "$logs/decoder.log" 2>&1 &
 decoder=$!
-for speaker in "${speakers[@]}"; do wait "$speaker"; done
-[ -n "$toy" ] || touch "$work/sets/.spoken"
 # The speaker encoder has the time until the talker's first step.
 python3 -m training.voices "${sets[@]}" --out "$work/voices" --seconds "${VOICES:-75}" --device "$(device 1)" $toy > "$logs/voices.log" 2>&1 &
 python3 -m training.encode "${sets[@]}" --first $first --latents $begun --out "$work/encoded" \
-    --device "$(device 0)" $([ -n "$toy" ] || device 1) > "$logs/encode.log" 2>&1
+    --device "$(device 0)" $([ -n "$toy" ] || echo "$(device 2) $(device 3)") > "$logs/encode.log" 2>&1
+
+# What the talker says itself, for the decoder: the voice that ships first, then twice the one that learns.
+own() {
+    python3 -m training.own "${sets[@]}" --hours "$hours" --encoded "$work/encoded" --texts "$work/texts.jsonl" --latents $begun --tokenizer "$work/text" \
+        --talker "$1" --out "$work/own" --device "$(device 3)" ${2:-} >> "$logs/own.log" 2>&1 || echo "no codes of the talker's own: $logs/own.log" >&2
+}
+span=$(left 0)
+{
+    [ -n "$toy" ] || own $voice/model.safetensors
+    for share in 45 75; do
+        sleep $((span * share / 100 - (span - $(left 0))))
+        own "$work/talker/talker" "$toy"
+    done
+} &
 earlier=()
 [ -n "${ANEW:-}$toy" ] || earlier=(--resume $voice/model.safetensors --lr 1.2e-3)
 # shellcheck disable=SC2046
