@@ -198,7 +198,7 @@ def test_usage_errors_and_help(capsys):
     assert run(capsys, "say")[0] == 2
     code, printed, _ = run(capsys, "--help")
     assert code == 0
-    for verb in ("say", "voice", "quantize", "validate", "info", "demo"):
+    for verb in ("say", "voice", "quantize", "blend", "export", "validate", "info", "plan", "demo"):
         assert verb in printed
         assert run(capsys, verb, "--help")[0] == 0
 

@@ -13,7 +13,7 @@ FLOORS = (
     ("errors", "config", "checkpoint", "files", "audio", "text", "voice", "report", "plots"),
     ("sampling", "int4", "model"),
     ("kernels", "engine"),
-    ("ledger", "corpus", "awq", "awq_search", "blend", "comparison", "validate", "judge"),
+    ("ledger", "plan", "corpus", "awq", "awq_search", "blend", "export", "comparison", "validate", "judge"),
     ("demo", "cli", "__main__"),
 )
 

@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from quaver import awq
+from quaver.awq_search import nearest
+from quaver.checkpoint import Checkpoint, Step
+from quaver.model.layers import GROUPS
 from random_model import random_checkpoint
 
 N_CODES = 64
@@ -128,3 +132,22 @@ def codec_settings() -> dict[str, Any]:
 def checkpoint(out: Path, kind: str = "base", seed: int = 0, **changes: Any) -> Path:
     """A toy checkpoint of type ``kind`` in the new folder ``out``; ``changes`` replace keys of talker_config."""
     return random_checkpoint(out, settings(kind, **changes), codec_settings(), seed)
+
+
+def rounded(source: str | Path, out: Path) -> Checkpoint:
+    """``source`` with its talker's linears rounded to INT4, written to the new folder ``out``: quick to make."""
+    checkpoint = Checkpoint.open(source)
+    linears = {
+        f"{awq.LAYERS}.{index}.{linear}"
+        for index in range(checkpoint.config.talker_config.num_hidden_layers)
+        for group in GROUPS
+        for linear in group.linears
+    }
+
+    def edit(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        module = name.removesuffix(".weight")
+        if module not in linears:
+            return {name: tensor}
+        return {f"{module}.{kind}": value for kind, value in nearest(tensor.float()).tensors().items()}
+
+    return checkpoint.edit(Step("round"), edit, {"quantization_config": awq.settings()}).save(out)

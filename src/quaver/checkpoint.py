@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -159,17 +160,17 @@ class Checkpoint:
             yield from self._edited(new_name, new, index + 1)
 
     def save(self, out: str | Path) -> Checkpoint:
-        """Writes the edited model with all its side files to the new folder ``out`` and opens it.
+        """Writes the edited model (see `write`) and opens it."""
+        self.write(out)
+        return Checkpoint.open(out)
+
+    def write(self, out: str | Path) -> None:
+        """Writes the edited model with all its side files to the new folder ``out``.
 
         The folder appears whole or not at all. Raises RecipeError when ``out`` exists or its parent does not,
         BudgetError when the disk is full.
         """
-        out = check_new(out)
-        try:
-            aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        except OSError as error:
-            raise RecipeError(f"{out.parent} cannot be written to: {error.strerror}") from error
-        try:
+        with new_folder(out) as aside:
             files = {WEIGHTS: write_tensors(aside / WEIGHTS, self.tensors(), len(self.specs))}
             self._copy_side_files(aside)
             steps = self.provenance.steps
@@ -182,13 +183,6 @@ class Checkpoint:
             else:
                 (aside / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
             (aside / PROVENANCE).write_text(Provenance(steps, files).to_json(), encoding="utf-8")
-            aside.chmod(0o755)
-            aside.rename(out)
-        except OSError as error:
-            raise disk_error(error, out) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        return Checkpoint.open(out)
 
     def _copy_side_files(self, aside: Path) -> None:
         own = {"config.json", PROVENANCE, INDEX, *(f.name for f in _files(self.specs))}
@@ -378,6 +372,27 @@ def check_new(out: str | Path) -> Path:
             f"the folder {out.parent} does not exist: make it first, or name another place for {out.name}"
         )
     return out
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder beside ``out`` to be filled: renamed to ``out`` at the end, gone if anything fails.
+
+    Raises RecipeError when ``out`` exists or its parent does not, BudgetError when the disk is full.
+    """
+    out = check_new(out)
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise RecipeError(f"{out.parent} cannot be written to: {error.strerror}") from error
+    try:
+        yield aside
+        aside.chmod(0o755)
+        aside.rename(out)
+    except OSError as error:
+        raise disk_error(error, out) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def disk_error(error: OSError, out: Path) -> BudgetError | RecipeError:

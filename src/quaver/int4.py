@@ -8,7 +8,7 @@ they are. This module is the only place that decides how an INT4 product is comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +23,17 @@ LEVELS = 16
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of 8 columns each nibble of an int32 holds, lowest nibble first (AutoAWQ's GEMM layout)."""
 
+IN_TURN = tuple(range(8))
+"""The plain order: nibble i holds column i (compressed-tensors' layout)."""
+
 _INVERSE = tuple(ORDER.index(column) for column in range(8))
 # Rows are dequantized in tiles of about this many values, which stay in a core's cache until they are multiplied.
 _TILE = 1 << 19
 
 
-def pack(values: Tensor) -> Tensor:
-    """The int32 words [R, C / 8] of ``values`` [R, C], integers in 0..15."""
-    nibbles = values.to(torch.uint8).reshape(len(values), -1, 8)[..., list(ORDER)]
+def pack(values: Tensor, order: Sequence[int] = ORDER) -> Tensor:
+    """The int32 words [R, C / 8] of ``values`` [R, C], integers in 0..15; nibble i holds column ``order[i]``."""
+    nibbles = values.to(torch.uint8).reshape(len(values), -1, 8)[..., list(order)]
     # Built from bytes: an int32 shifted into its sign bit is undefined where a byte is not.
     words = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     return words.contiguous().view(torch.int32)[..., 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,15 +51,7 @@ class Ledger:
     @property
     def total(self) -> Entry:
         """The sum of the entries."""
-        dtypes = sorted({dtype for entry in self.entries for dtype in entry.dtypes})
-        return Entry(
-            "total",
-            sum(entry.n_parameters for entry in self.entries),
-            tuple(dtypes),
-            sum(entry.disk_bytes for entry in self.entries),
-            sum(entry.memory_bytes for entry in self.entries),
-            "",
-        )
+        return total(self.entries)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -68,20 +60,37 @@ class Ledger:
 
 def weigh(checkpoint: Checkpoint, *, device: str = "cpu") -> Ledger:
     """The ledger of ``checkpoint``; memory is what its weights take when loaded on ``device`` by default."""
-    in_memory = memory_bytes(checkpoint, device)
-    groups: dict[str, dict[str, Spec]] = {}
-    for specs in (checkpoint.specs, checkpoint.codec_specs):
-        for name, spec in specs.items():
-            part = next((label for prefix, label in _PARTS if name.startswith(prefix)), "other")
-            groups.setdefault(part, {})[name] = spec
-    order = [label for _, label in _PARTS] + ["other"]
-    entries = tuple(_entry(label, groups[label], in_memory) for label in order if label in groups)
+    in_memory = memory_bytes(checkpoint.specs, checkpoint.codec_specs, device)
     files = {spec.file for specs in (checkpoint.specs, checkpoint.codec_specs) for spec in specs.values()}
     return Ledger(
         model=checkpoint.path.name,
         kind=f"{checkpoint.config.tts_model_type} {checkpoint.config.tts_model_size}",
-        entries=entries,
+        entries=entries(checkpoint.specs, checkpoint.codec_specs, in_memory),
         file_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def entries(
+    specs: Mapping[str, Spec], codec_specs: Mapping[str, Spec], in_memory: Mapping[str, int]
+) -> tuple[Entry, ...]:
+    """The modules of a model and its codec, in their order; ``in_memory`` is the memory of each tensor by name."""
+    groups: dict[str, dict[str, Spec]] = {}
+    for name, spec in (*specs.items(), *codec_specs.items()):
+        part = next((label for prefix, label in _PARTS if name.startswith(prefix)), "other")
+        groups.setdefault(part, {})[name] = spec
+    order = [label for _, label in _PARTS] + ["other"]
+    return tuple(_entry(label, groups[label], in_memory) for label in order if label in groups)
+
+
+def total(entries: Sequence[Entry]) -> Entry:
+    """The sum of ``entries``."""
+    return Entry(
+        name="total",
+        n_parameters=sum(entry.n_parameters for entry in entries),
+        dtypes=tuple(sorted({dtype for entry in entries for dtype in entry.dtypes})),
+        disk_bytes=sum(entry.disk_bytes for entry in entries),
+        memory_bytes=sum(entry.memory_bytes for entry in entries),
+        quantized="",
     )
 
 
@@ -107,15 +116,15 @@ def table(ledger: Ledger) -> Iterator[str]:
         yield row.format(
             entry.name,
             f"{entry.n_parameters:,}",
-            _megabytes(entry.disk_bytes),
-            _megabytes(entry.memory_bytes),
+            megabytes(entry.disk_bytes),
+            megabytes(entry.memory_bytes),
             ",".join(entry.dtypes),
             entry.quantized,
         ).rstrip()
-    total = ledger.total
-    yield f"exactly {total.disk_bytes:,} bytes of tensors, {ledger.file_bytes:,} bytes of weight files"
+    yield f"exactly {ledger.total.disk_bytes:,} bytes of tensors, {ledger.file_bytes:,} bytes of weight files"
 
 
-def _megabytes(n_bytes: int) -> str:
+def megabytes(n_bytes: int) -> str:
+    """Millions of bytes with one decimal, rounded up."""
     tenths = -(-n_bytes // 100_000)
     return f"{tenths // 10:,}.{tenths % 10}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 from quaver import audio as audio_files
 from quaver.audio import Audio
-from quaver.checkpoint import check_new, disk_error
+from quaver.checkpoint import new_folder
 from quaver.errors import GateFailed
 from quaver.plots import Plot, legend, scientific, svg
 
@@ -197,17 +196,10 @@ class Report:
 
         Raises RecipeError when ``out`` exists or its parent does not, BudgetError when the disk is full.
         """
-        out = check_new(out)
         contents = {"report.html": self.to_html(), "report.md": self.to_markdown(), "report.json": self.to_json()}
-        try:
-            with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-                aside = Path(folder) / out.name
-                aside.mkdir()
-                for name, content in contents.items():
-                    (aside / name).write_text(content, encoding="utf-8")
-                aside.rename(out)
-        except OSError as error:
-            raise disk_error(error, out) from error
+        with new_folder(out) as aside:
+            for name, content in contents.items():
+                (aside / name).write_text(content, encoding="utf-8")
 
 
 def number(value: Cell, unit: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The verbs that write a new model: quantize, blend."""
+"""The verbs that write a new model: quantize, blend, export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from quaver import awq, blend
+from quaver import awq, blend, export
 from quaver.checkpoint import Checkpoint, check_new
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
 
@@ -69,3 +69,29 @@ def blend_command(
         click.echo(json.dumps(report.to_json()))
     else:
         click.echo(f"{out}: {report.summary}", err=True)
+
+
+@cli.command(name="export")
+@click.argument("source")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new folder to write.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["compressed-tensors", "qwen3"]),
+    required=True,
+    help="The whole model in vLLM's own layout, or the talker as a stock Qwen3 AWQ text model.",
+)
+@click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not in the model's folder.")
+@json_option
+def export_command(
+    source: str, out: Path, form: Literal["compressed-tensors", "qwen3"], codec: str | None, *, as_json: bool
+) -> None:  # fmt: skip
+    """Write the INT4 model SOURCE in a format of other runtimes, the same weights bit for bit."""
+    check_new(out)
+    report = export.export(Checkpoint.open(source, codec=codec), out, form, progress=Progress())
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        click.echo(f"{out}: {report.summary}", err=True)
+    if report.warning:
+        click.echo(f"warning: {report.warning}", err=True)

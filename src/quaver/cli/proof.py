@@ -1,13 +1,14 @@
-"""The verbs that tell what a model is and whether it is good: validate, info."""
+"""The verbs that tell what a model is and whether it is good: validate, info, plan."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from quaver import ledger, validate
+from quaver import ledger, plan, validate
 from quaver.checkpoint import Checkpoint, check_new
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
 
@@ -56,4 +57,22 @@ def info(source: str, codec: str | None, device: str, *, verify: bool, as_json: 
         click.echo(json.dumps(weighed.to_json()))
         return
     for line in ledger.table(weighed):
+        click.echo(line)
+
+
+@cli.command(name="plan")
+@click.argument("model")
+@click.option("--profile", type=click.Choice(["bf16", "int4", "compact"]), help="One profile. Default: all.")
+@click.option("--codec", metavar="PATH", help="The speech tokenizer's folder or configuration, if not with the model.")
+@click.option("--device", default="cpu", show_default=True, help="Where memory is counted: cpu or cuda.")
+@json_option
+def plan_command(
+    model: str, profile: Literal["bf16", "int4", "compact"] | None, codec: str | None, device: str, *, as_json: bool
+) -> None:
+    """Tell what MODEL, a folder or a config.json alone, would take on disk and in memory in each profile."""
+    made = plan.plan(model, (profile,) if profile else plan.PROFILES, codec=codec, device=device)
+    if as_json:
+        click.echo(json.dumps(made.to_json()))
+        return
+    for line in plan.table(made):
         click.echo(line)

@@ -5,7 +5,7 @@ Shapes: B batch, T frames, P prompt positions, S text positions, Q codebooks, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quaver import audio as audio_files
 from quaver.audio import Audio
-from quaver.checkpoint import Checkpoint
+from quaver.checkpoint import Checkpoint, Spec
 from quaver.config import SUPPRESSED_IDS, ModelConfig, read_json
 from quaver.errors import CheckpointError, RecipeError, VoiceError
 from quaver.int4 import Int4Linear
@@ -138,7 +138,7 @@ class TTS:
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RecipeError("no CUDA device is available here: use --device cpu")
-        dtype = dtype or _default_dtype(checkpoint, device)
+        dtype = dtype or _default_dtype(checkpoint.specs, device)
         with torch.device("meta"):
             model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
         where = str(checkpoint.path)
@@ -340,15 +340,14 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in Model(config).state_dict().items()}
 
 
-def memory_bytes(checkpoint: Checkpoint, device: str | torch.device) -> dict[str, int]:
+def memory_bytes(
+    specs: Mapping[str, Spec], codec_specs: Mapping[str, Spec], device: str | torch.device
+) -> dict[str, int]:
     """What each stored tensor takes in memory once loaded on ``device`` with the default type, by name."""
     device = torch.device(device)
     sizes: dict[str, int] = {}
-    for specs, dtype in (
-        (checkpoint.specs, _default_dtype(checkpoint, device)),
-        (checkpoint.codec_specs, torch.float32),
-    ):
-        for name, spec in specs.items():
+    for stored, dtype in ((specs, _default_dtype(specs, device)), (codec_specs, torch.float32)):
+        for name, spec in stored.items():
             if device.type == "cpu" and name.endswith((".qzeros", ".scales")):
                 # The CPU's layout folds the zero points into a second row of scales.
                 sizes[name] = 0 if name.endswith(".qzeros") else 2 * spec.n_bytes
@@ -359,11 +358,11 @@ def memory_bytes(checkpoint: Checkpoint, device: str | torch.device) -> dict[str
     return sizes
 
 
-def _default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype | None:
+def _default_dtype(specs: Mapping[str, Spec], device: torch.device) -> torch.dtype | None:
     """Float32 for a small unquantized model on a CPU; else as stored, in which PyTorch's int4 operator is fast."""
-    if device.type != "cpu" or checkpoint.config.quantization_config is not None:
+    if device.type != "cpu" or any(name.endswith(INT4_SUFFIXES) for name in specs):
         return None
-    n_values = sum(spec.n_elements for spec in checkpoint.specs.values())
+    n_values = sum(spec.n_elements for spec in specs.values())
     return torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
 
 
