@@ -213,7 +213,7 @@ def test_encoder_and_decoder_are_trained_from_a_set_to_a_whole_codec(
     found = capsys.readouterr().out
     assert "half of it in the encoder's codes, its voices are heard, some of it in the talker's own codes" in found
     last = [line for line in found.splitlines() if ": mel" in line][-1]
-    assert all(float(last.split(f"{name} ")[1].split()[0]) > 0.0 for name in ("mel", "heard", "mel of own"))
+    assert all(float(last.split(f"{name} ")[1].split()[0]) > 0.0 for name in ("mel", "heard", "mel-own"))
     codec = Codec(recipe.codec_config())
     codec.load_state_dict(parts.read(out, "codec"))
     made = parts.read(tmp_path / "encoder", "codec")

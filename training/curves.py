@@ -29,7 +29,7 @@ LOGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "codec": ("Codec", ("mel", "r2", "r2-coded")),
     "polish": ("Decoder alone", ("mel",)),
     "encoder": ("Encoder: missed of how it sounds", ("missed",)),
-    "decoder": ("Decoder", ("mel", "low", "sketch", "heard")),
+    "decoder": ("Decoder", ("mel", "low", "sketch", "heard", "voice")),
 }
 
 
@@ -45,10 +45,14 @@ def picture(plot: Plot) -> str:
 
 
 def codec_plot(log: str, title: str, fields: tuple[str, ...]) -> Plot:
-    """The ``fields`` of the lines that a run printed, from where the first of them is not 0."""
+    """Those of the ``fields`` that are in the lines that a run printed, from where the first of them is not 0."""
     found = [(m[2], m[3].replace(",", "").split()) for m in map(_LINE.match, log.splitlines()) if m]
     found = [(step, words) for step, words in found if float(words[words.index(fields[0]) + 1])]
-    series = tuple(Series(f, tuple(float(words[words.index(f) + 1]) for _, words in found)) for f in fields if found)
+
+    def known(field: str) -> bool:
+        return bool(found) and all(field in words for _, words in found)
+
+    series = tuple(Series(f, tuple(float(words[words.index(f) + 1]) for _, words in found)) for f in fields if known(f))
     return Plot("line", title, series, "step", "", tuple(step for step, _ in found))
 
 

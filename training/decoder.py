@@ -43,7 +43,7 @@ from training.losses import Discriminators, MelDistance
 from training.pool import Pool, from_sets
 from training.ranks import Ranks
 
-_REPORTED = ("mel", "low", "own", "adv", "match", "sketch", "heard", "voice", "mel of own", "unlike")
+_REPORTED = ("mel", "low", "own", "adv", "match", "sketch", "heard", "voice", "mel-own", "unlike")
 _LOW_HZ = 500.0
 _BRIGHT = 0.5
 
@@ -198,7 +198,7 @@ class Trainer:
         theirs = torch.autograd.grad(own, self.theirs)
         keep([*self.early, *self.late, *self.theirs], (*gradients, *theirs))
         told = {"mel": mel, "low": low, "own": own, "adv": adversarial, "match": matching, "sketch": sketch}
-        self._tell(**told, heard=heard, voice=voice, **{"mel of own": mel_own})
+        self._tell(**told, heard=heard, voice=voice, **{"mel-own": mel_own})
 
     def vectors(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """What `read` makes of sound, of ``codes`` int64 [B, T, Q]: the vectors of codebook 0 and the sums of the
