@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from quaver import audio as audio_files
 from quaver.audio import Audio
-from quaver.checkpoint import check_new, disk_error
 from quaver.errors import GateFailed
+from quaver.files import check_new, disk_error
 from quaver.plots import Plot, legend, scientific, svg
 
 Cell = str | int | float | None
