@@ -12,7 +12,7 @@ from quaver import ledger
 from quaver.checkpoint import Checkpoint
 from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_output
-from quaver.provenance import CARD, CODEC, PROVENANCE, UNKNOWN, Origin, Step, model_name
+from quaver.provenance import CARD, CODEC, PROVENANCE, UNKNOWN, Origin, Step, licences, model_name
 from quaver.report import Cell, Gate, Metric, Report, Section, Table, number
 
 _LANGUAGES = {
@@ -62,7 +62,8 @@ def _origins(checkpoint: Checkpoint) -> list[Origin]:
 def _front(checkpoint: Checkpoint) -> Iterator[str]:
     """The YAML lines."""
     provenance, config = checkpoint.provenance, checkpoint.config
-    known = provenance.licences
+    # What quaver trained itself comes from no other model: its licence is its own card's.
+    known = provenance.licences or licences(checkpoint.path)
     yield "---"
     if len(known) == 1 and known[0] != UNKNOWN:
         yield f"license: {_yaml(known[0])}"

@@ -2,7 +2,7 @@
 
 The layout is the official one: ``config.json``, ``model.safetensors`` (or shards with an index), tokenizer files,
 ``generation_config.json`` and ``speech_tokenizer/``. Edits are functions of one tensor; saving streams them, so that no
-more than a tensor is in memory. Weights are read from safetensors alone: never from pickles.
+more than a few tensors are in memory. Weights are read from safetensors alone: never from pickles.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +38,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_N_AHEAD = min(4, os.cpu_count() or 1)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -118,7 +121,7 @@ class Checkpoint:
         return read_tensor(self.specs[name], name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor's name and value after the edits, in the order of the files, two in memory at a time."""
+        """Every tensor's name and value after the edits, in the order of the files, few in memory at a time."""
         for name, tensor in _stream(self.specs):
             yield from self._edited(name, tensor, 0)
 
@@ -310,16 +313,16 @@ def read_tensor(spec: Spec, name: str) -> Tensor:
 
 
 def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the order of the files; while one is at work elsewhere, the next is held against its sum."""
-    with ThreadPoolExecutor(1) as pool:
+    """Every tensor in the order of the files; while one is at work, the next are held against their sums."""
+    with ThreadPoolExecutor(_N_AHEAD) as pool:
         for file in _files(specs):
             with _open(file) as weights:
                 names = weights.offset_keys()
                 coming = (pool.submit(_checked, specs[name], name, weights.get_tensor(name)) for name in names)
-                ready = next(coming, None)
+                ahead = deque(islice(coming, _N_AHEAD))
                 for name in names:
-                    assert ready is not None
-                    tensor, ready = ready.result(), next(coming, None)
+                    tensor = ahead.popleft().result()
+                    ahead.extend(islice(coming, 1))
                     yield name, tensor
 
 
