@@ -150,6 +150,13 @@ def test_missing_added_and_cut_files(folder):
         assert error.file == folder / name
         assert "keep it elsewhere" in str(error)
         (folder / name).unlink()
+    for name in ("vocab.json", "model.safetensors"):
+        # As a download that lost its store: a link to nothing.
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(folder.parent / "gone")
+        assert refused(folder).file == folder / name
+        (folder / name).unlink()
+        (folder.parent / name).rename(folder / name)
     whole = (folder / "provenance.json").read_bytes()
     for keep in (0, 1, len(whole) // 2, len(whole) - 1):
         (folder / "provenance.json").write_bytes(whole[:keep])
@@ -185,6 +192,7 @@ def test_a_model_without_provenance_says_so(toy_folder):
         lambda value: value["made"]["files"]["LICENSE"].update(n_bytes=10),
         lambda value: value.update(validation={"verdict": "all 9 gates passed"}),
         lambda value: value.update(more=1),
+        lambda value: value["made"].update(dtype=1),
     ],
 )
 def test_provenance_that_somebody_edited(folder, change):
@@ -193,6 +201,11 @@ def test_provenance_that_somebody_edited(folder, change):
     change(value)
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     assert refused(folder).file == path
+
+
+def test_provenance_that_nests_without_end(folder):
+    (folder / "provenance.json").write_text('{"made": ' + "[" * 100_000)
+    assert refused(folder).file == folder / "provenance.json"
 
 
 def test_damage_is_not_sealed_anew_by_another_step(folder, tmp_path):

@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -100,7 +101,7 @@ class Provenance:
             data = path.read_bytes()
             value = json.loads(data)
             found = parse(cls, {**value["made"], "validation": value["validation"]}, "made")
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        except (CheckpointError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise Damaged(f"{path} is not a provenance file: {error}", path) from error
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -144,11 +145,12 @@ class Provenance:
             return
         for name in self.check_names(folder):
             path = folder / name
-            if name in self.tensors:
-                check_size(path, self.files[name])
-                check_sum(path, *next(sums(path)), self.tensors[name].get(HEADER))
-            else:
-                check_file(path, self.files[name])
+            with reading(path):
+                if name in self.tensors:
+                    check_size(path, self.files[name])
+                    check_sum(path, *next(sums(path)), self.tensors[name].get(HEADER))
+                else:
+                    check_file(path, self.files[name])
 
     def check_names(self, folder: Path) -> list[str]:
         """The names of the recorded files, all of them in ``folder`` and no other. Raises Damaged."""
@@ -191,9 +193,18 @@ def walk(folder: Path) -> dict[str, Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(here) / name
-            if not name.startswith("."):
+            if not name.startswith(".") and path.is_file():
                 found[path.relative_to(folder).as_posix()] = path
     return {name: found[name] for name in sorted(found.keys() - {PROVENANCE, CARD})}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While open, a failure to read the file at ``path`` is a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def sums(path: Path) -> Iterator[tuple[str, str]]:
@@ -252,7 +263,7 @@ def licences(folder: Path) -> tuple[str, ...]:
     UNKNOWN stands for one that is told nowhere.
     """
     card = folder / CARD
-    if card.exists():
+    if card.is_file():
         front = re.match(r"---\s*\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         found = re.finditer(r"^(license(?:_name)?):[ \t]*['\"]?([^'\"#\n]+)", front[1] if front else "", re.MULTILINE)
         keys = {match[1]: match[2].strip() for match in found}

@@ -19,6 +19,7 @@ from quaver.provenance import (
     check_size,
     check_sum,
     model_name,
+    reading,
     sums,
     walk,
 )
@@ -68,7 +69,8 @@ def verify(source: str | Path, parents: Sequence[str | Path] = (), progress: Pro
             "wrote can be verified"
         )
     for name in provenance.check_names(folder):
-        _check(folder / name, name, provenance, progress)
+        with reading(folder / name):
+            _check(folder / name, name, provenance, progress)
     return Verified(
         model=model_name(folder),
         seal=provenance.seal,
@@ -100,7 +102,8 @@ def _check_parent(folder: Path, provenance: Provenance, parent: Path, progress: 
     origins = [origin for step in provenance.steps for origin in step.parents]
     paths, found = walk(parent), dict[str, File]()
     for done, (name, path) in enumerate(paths.items(), 1):
-        found[name] = File.of(path)
+        with reading(path):
+            found[name] = File.of(path)
         if progress:
             progress(f"checking parent {model_name(parent)}", done, len(paths))
 
