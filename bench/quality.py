@@ -22,12 +22,13 @@ from torch import Tensor
 
 import voice
 from quaver import awq, corpus, validate
-from quaver.checkpoint import Checkpoint, Step, sha256
+from quaver.checkpoint import Checkpoint
 from quaver.cli import Progress
 from quaver.corpus import Item
 from quaver.errors import QuaverError
 from quaver.files import write_file
 from quaver.model.tts import TTS
+from quaver.provenance import Step
 from rivals import SEARCHES
 
 _SEED = 1729
@@ -78,7 +79,7 @@ def quantized(source: Checkpoint, methods: Sequence[str], out: Path, n_samples: 
     for method, folder in zip(methods, folders, strict=True):
         if folder.exists():
             (made,) = Checkpoint.open(folder).provenance.steps[-1:] or (Step("nothing"),)
-            same = made.parents and all(sha256(source.path / file) == total for file, total in made.parents.items())
+            same = [parent.files for parent in made.parents] == [origin.files for origin in source.origins()]
             if made.tool != "quantize" or made.recipe.get("n_samples") != n_samples or not same:
                 raise QuaverError(f"{folder} was not made of {source.path} on {n_samples} utterances: remove it")
             continue

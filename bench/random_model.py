@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quaver.checkpoint import CODEC, WEIGHTS, check_new, write_tensors
+from quaver.checkpoint import WEIGHTS, write_tensors
 from quaver.config import CodecConfig, ModelConfig, parse
+from quaver.files import check_new
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import shapes
+from quaver.provenance import CODEC
 
 MERGED_WORDS = ("assistant", "user", "system")
 """The role words must be one token each: the official prompt cuts ids at fixed places."""

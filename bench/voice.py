@@ -26,12 +26,12 @@ import torch
 from quaver import audio as audio_files
 from quaver import judge
 from quaver.audio import Audio
-from quaver.checkpoint import Checkpoint, sha256
+from quaver.checkpoint import Checkpoint
 from quaver.cli import DTYPES, Progress
 from quaver.config import FRAME_RATE_HZ
 from quaver.engine import Engine, Knobs
 from quaver.errors import QuaverError, RecipeError
-from quaver.files import write_file
+from quaver.files import sha256, write_file
 from quaver.model.tts import TTS, Utterance
 from voice_figures import Decoded, Limits, Reference, Sentence, Spoken, card, report
 

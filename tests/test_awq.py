@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import random
@@ -29,12 +30,14 @@ from quaver.awq_search import (
     search_layer,
     settled,
 )
-from quaver.checkpoint import Checkpoint, Step
+from quaver.checkpoint import Checkpoint
 from quaver.corpus import Item
 from quaver.errors import CheckpointError, RecipeError
 from quaver.int4 import GROUP, Int4Linear, Int4Weight
 from quaver.model.layers import GROUPS, DecoderLayer
 from quaver.model.tts import TTS, Utterance
+from quaver.provenance import Step
+from quaver.verify import verify
 from quaver.voice import Voice
 
 TEXTS = ("one small boat", "the rain has stopped", "who is there", "apples and pears", "good night", "on we go")
@@ -333,7 +336,7 @@ def test_all_but_the_talkers_linears_and_their_norms_is_bit_equal(toy_folder, qu
     expected |= {f"{name}.{part}" for name in linears for part in ("qweight", "qzeros", "scales")}
     assert after.keys() == expected
     changed = {name for name, value in after.items() if name in before and not torch.equal(value, before[name])}
-    assert changed == set(report.absorbed)
+    assert changed == {name for name in report.absorbed if name.endswith("norm.weight")}
     assert all(name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")) for name in changed)
     assert all(after[name].dtype == before[name].dtype for name in changed)
     codec = dict(made.codec_tensors())
@@ -360,12 +363,28 @@ def test_the_configuration_and_the_provenance_say_what_was_done(toy_folder, quan
     }
     assert settings == json.loads((toy_folder / "config.json").read_text())
     checkpoint = Checkpoint.open(out)
-    checkpoint.verify()
+    verify(out)
     step = checkpoint.provenance.steps[-1]
     assert step.tool == "quantize"
-    assert step.recipe["absorbed"] == list(report.absorbed)
-    assert step.recipe["calibration_sha256"] == report.calibration_sha256
-    assert step.parents == {"model.safetensors": digest(toy_folder / "model.safetensors")}
+    assert step.recipe == {"method": "awq", **dataclasses.asdict(awq.Recipe())}
+    assert step.result["absorbed"] == {name: list(ends) for name, ends in report.absorbed.items()}
+    assert step.result["calibration_sha256"] == report.calibration_sha256
+    (parent,) = step.parents
+    files = {p.relative_to(toy_folder).as_posix() for p in toy_folder.rglob("*") if p.is_file()}
+    assert (parent.name, parent.licences, set(parent.files)) == (toy_folder.name, ("unknown",), files)
+    assert parent.files["model.safetensors"].sha256 == digest(toy_folder / "model.safetensors")
+
+
+def test_what_absorbed_scales_is_named_with_their_range(toy_folder, quantized):
+    before, after = dict(Checkpoint.open(toy_folder).tensors()), dict(Checkpoint.open(quantized[0]).tensors())
+    absorbed = quantized[1].absorbed
+    assert any(name.endswith("norm.weight") for name in absorbed)
+    assert {name.rpartition("layers.")[2][2:] for name in absorbed} <= {f"{group.before}.weight" for group in GROUPS}
+    for name, ends in absorbed.items():
+        if name in after:
+            ratio = before[name].float() / after[name].float()
+            assert ends == pytest.approx((float(ratio.min()), float(ratio.max())), rel=1e-5)
+        assert 0 < ends[0] < ends[1]
 
 
 def test_exactly_the_talkers_linears_load_as_int4(quantized):

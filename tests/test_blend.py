@@ -13,6 +13,7 @@ from quaver import blend, cli
 from quaver.blend import Donor, Recipe
 from quaver.checkpoint import Checkpoint
 from quaver.errors import CheckpointError, RecipeError
+from quaver.provenance import File
 
 KINDS = ("gate", "up", "down")
 CHANGES = {"num_hidden_layers": 28, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
@@ -90,8 +91,11 @@ def test_a_small_share_moves_along_the_line_in_float32(source, donor, tmp_path):
         assert change.moved == pytest.approx(float((after[change.name].float() - ours).norm() / ours.norm()), rel=1e-3)
     step = Checkpoint.open(tmp_path / "out").provenance.steps[-1]
     assert step.tool == "blend"
-    assert step.recipe["n_tensors"] == 84
-    assert set(step.recipe["donor_sha256"]) == {"model-1.safetensors", "model-2.safetensors"}
+    assert step.result["n_tensors"] == 84
+    ours, theirs = step.parents
+    assert (ours.name, theirs.name) == ("tts", "llm")
+    assert set(theirs.files) == {"model-1.safetensors", "model-2.safetensors"}
+    assert all(File.of(donor.path / name) == file for name, file in theirs.files.items())
     assert (tmp_path / "out" / "speech_tokenizer" / "config.json").exists()
 
 

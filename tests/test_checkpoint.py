@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 import toy
 from quaver import checkpoint as module
 from quaver import ledger
-from quaver.checkpoint import Checkpoint, Provenance, Step, write_tensors
+from quaver.checkpoint import Checkpoint, write_tensors
 from quaver.config import CodecConfig, ModelConfig, parse
 from quaver.errors import BudgetError, CheckpointError, RecipeError
 from quaver.model.tts import TTS
+from quaver.provenance import Step
 
 SAME = Step("identity")
 
@@ -63,8 +64,8 @@ def test_identity_edit_is_bit_equal_and_side_files_survive(folder, tmp_path):
         if path.is_file() and path.name != "model.safetensors":
             assert (tmp_path / "out" / path.relative_to(folder)).read_bytes() == path.read_bytes()
     assert [step.tool for step in saved.provenance.steps] == ["identity"]
-    assert set(saved.provenance.files) == {"model.safetensors", "speech_tokenizer/model.safetensors"}
-    saved.verify()
+    files = {p.relative_to(saved.path).as_posix() for p in saved.path.rglob("*") if p.is_file()}
+    assert set(saved.provenance.files) == files - {"provenance.json"}
 
 
 def test_two_saves_are_byte_equal(folder, tmp_path):
@@ -74,18 +75,6 @@ def test_two_saves_are_byte_equal(folder, tmp_path):
     for path in (tmp_path / "a").rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
-
-
-def test_a_flipped_byte_is_detected(folder, tmp_path):
-    saved = Checkpoint.open(folder).edit(SAME, same).save(tmp_path / "out")
-    weights = saved.path / "speech_tokenizer" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-5] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(CheckpointError, match="speech_tokenizer/model.safetensors differs"):
-        Checkpoint.open(saved.path).verify()
-    with pytest.raises(CheckpointError, match="records no sums"):
-        Checkpoint.open(folder).verify()
 
 
 def test_edits_chain_rename_drop_and_add(folder, tmp_path):
@@ -318,7 +307,8 @@ def test_a_full_disk_is_told(folder, tmp_path):
     """A real file-size limit stands in for the disk: the write itself fails, half-way through the weights."""
     script = f"""
         import resource, signal, sys
-        from quaver.checkpoint import Checkpoint, Step
+        from quaver.checkpoint import Checkpoint
+        from quaver.provenance import Step
         from quaver.errors import QuaverError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
@@ -388,13 +378,6 @@ def sparse(path, wanted, dtype, item_bytes):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + position)
     return position
-
-
-def test_provenance_faults(folder):
-    (folder / "provenance.json").write_text('{"steps": [{"tool": 1, "wrong": 2}], "files": {}}')
-    with pytest.raises(CheckpointError, match="is not a provenance file"):
-        Checkpoint.open(folder)
-    assert Provenance.read(folder / "none.json") == Provenance()
 
 
 def test_umask_is_kept_readable(folder, tmp_path):

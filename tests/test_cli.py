@@ -102,7 +102,6 @@ def test_info(capsys, toy_folder):
     assert {entry["name"] for entry in told["entries"]} >= {"talker layers", "predictor heads", "codec decoder"}
     code, text, _ = run(capsys, "info", toy_folder)
     assert "talker layers" in text
-    assert run(capsys, "info", toy_folder, "--verify")[0] == 2
 
 
 def test_quantize_then_say_and_validate(capsys, toy_folder, recording, tmp_path):
@@ -114,7 +113,7 @@ def test_quantize_then_say_and_validate(capsys, toy_folder, recording, tmp_path)
     )
     assert code == 0
     assert json.loads(text)["loss"] <= json.loads(text)["loss_nearest"]
-    assert run(capsys, "info", int4, "--verify")[0] == 0
+    assert run(capsys, "verify", int4, "--parent", toy_folder)[0] == 0
     told = json.loads(run(capsys, "info", int4, "--json")[1])
     layers = next(entry for entry in told["entries"] if entry["name"] == "talker layers")
     assert "INT4" in layers["quantized"]
@@ -198,7 +197,9 @@ def test_usage_errors_and_help(capsys):
     assert run(capsys, "say")[0] == 2
     code, printed, _ = run(capsys, "--help")
     assert code == 0
-    for verb in ("say", "voice", "quantize", "blend", "export", "validate", "info", "plan", "demo"):
+    for verb in (
+        "say", "voice", "quantize", "blend", "export", "validate", "info", "plan", "verify", "card", "demo",
+    ):  # fmt: skip
         assert verb in printed
         assert run(capsys, verb, "--help")[0] == 0
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import toy
-from quaver.checkpoint import Checkpoint, Step
+from quaver.checkpoint import Checkpoint
 from quaver.engine import ENDED, Engine, Knobs
 from quaver.errors import RecipeError, VoiceError
 from quaver.model.tts import TTS, Utterance
+from quaver.provenance import Step
 from quaver.sampling import Sampling, distribution
 from quaver.voice import Voice
 

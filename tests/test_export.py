@@ -18,6 +18,8 @@ from quaver.errors import CheckpointError, RecipeError
 from quaver.int4 import Int4Linear, Int4Weight
 from quaver.model.layers import GROUPS
 from quaver.model.tts import TTS
+from quaver.provenance import walk
+from quaver.verify import verify
 
 
 @pytest.fixture(scope="module", params=["toy", "tiny"])
@@ -103,9 +105,10 @@ def test_the_compressed_model_travels_whole(int4, compressed):
     }  # fmt: skip
     for name in ("vocab.json", "merges.txt", "generation_config.json", "speech_tokenizer/model.safetensors"):
         assert (out / name).read_bytes() == (int4.path / name).read_bytes()
-    steps = json.loads((out / "provenance.json").read_text())["steps"]
-    assert [step["tool"] for step in steps] == ["round", "export"]
-    assert steps[1]["parents"].keys() == {"model.safetensors"}
+    made = json.loads((out / "provenance.json").read_text())["made"]
+    assert [step["tool"] for step in made["steps"]] == ["round", "export"]
+    assert made["steps"][1]["parents"][0]["files"].keys() == walk(int4.path).keys()
+    verify(out)
     # What quaver cannot run it refuses, by the name of the method.
     with pytest.raises(CheckpointError, match="quant_method is 'compressed-tensors'; quaver implements 'awq' only"):
         Checkpoint.open(out)
@@ -142,9 +145,10 @@ def test_the_text_model_is_the_talkers_decoder(int4, qwen3):
     assert report.tensor_bytes == sum(tensor.nbytes for tensor in after.values())
     assert not (out / "speech_tokenizer").exists()
     assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= {path.name for path in out.iterdir()}
-    steps = json.loads((out / "provenance.json").read_text())
-    assert [step["tool"] for step in steps["steps"]] == ["round", "export"]
-    assert steps["files"].keys() == {"model.safetensors"}
+    made = json.loads((out / "provenance.json").read_text())["made"]
+    assert [step["tool"] for step in made["steps"]] == ["round", "export"]
+    assert made["files"].keys() >= {"model.safetensors", "config.json", "vocab.json"}
+    verify(out)
 
 
 def test_each_row_of_the_embedding_is_the_projected_text_embedding(int4, qwen3):
@@ -186,6 +190,8 @@ def test_what_is_refused_leaves_nothing_behind(toy_folder, tmp_path):
     with pytest.raises(RecipeError, match="edits are not saved"):
         export.export(small.edit(Step("x"), lambda name, tensor: {name: tensor}), tmp_path / "out", "qwen3")
     tensors = load_file(small.path / "model.safetensors")
+    # Of a model without sums the tensors themselves must tell.
+    (small.path / "provenance.json").unlink()
     for change, message in (
         ("drop", "text_projection.linear_fc1.bias is missing"),
         ("add", "extra.weight is left over"),

@@ -10,10 +10,23 @@ import quaver
 
 ROOT = Path(quaver.__file__).parent
 FLOORS = (
-    ("errors", "config", "checkpoint", "files", "audio", "text", "voice", "report", "plots"),
+    ("errors", "config", "provenance", "checkpoint", "files", "audio", "text", "voice", "report", "plots"),
     ("sampling", "int4", "model"),
     ("kernels", "engine"),
-    ("ledger", "plan", "corpus", "awq", "awq_search", "blend", "export", "comparison", "validate", "judge"),
+    (
+        "ledger",
+        "plan",
+        "card",
+        "verify",
+        "corpus",
+        "awq",
+        "awq_search",
+        "blend",
+        "export",
+        "comparison",
+        "validate",
+        "judge",
+    ),
     ("demo", "cli", "__main__"),
 )
 

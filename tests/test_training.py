@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,8 +13,9 @@ from quaver.config import CodecConfig, parse
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import TTS, Utterance
 from quaver.text import Tokenizer
+from quaver.verify import verify
 from quaver.voice import Voice
-from training import quantizer, recipe, stack
+from training import export, quantizer, recipe, stack
 from training.latents import COLUMNS, SHARES, WIDTHS, Features, Latents, by_column
 from training.plans import Planner, Speech, length
 from training.tokenizer import learn, spelled, write
@@ -184,3 +186,12 @@ def test_latents_have_the_principal_axes_of_what_is_told() -> None:
     halves = by_column(features, 4)
     assert halves.shape == (48, 24, features.shape[-1] // 4)
     torch.testing.assert_close(halves[0, 0, : WIDTHS["picture"] // 4], features[0, 0, : WIDTHS["picture"] // 4])
+
+
+def test_what_is_exported_is_summed(toy_tts: TTS, tmp_path: Path) -> None:
+    checkpoint = toy_tts.checkpoint
+    state, codec = dict(checkpoint.tensors()), dict(checkpoint.codec_tensors())
+    export.checkpoint(tmp_path / "out", checkpoint.path, state, codec)
+    found = verify(tmp_path / "out")
+    assert found.steps == (f"training.export {metadata.version('quaver')}",)
+    assert found.n_tensors == len(state) + len(codec)

@@ -11,11 +11,12 @@ import torch
 
 import toy
 from quaver import corpus
-from quaver.checkpoint import Checkpoint, Step
+from quaver.checkpoint import Checkpoint
 from quaver.comparison import Comparison, Difference, Limits, Side, figures, ran_away, sections
 from quaver.corpus import Item
 from quaver.errors import GateFailed, RecipeError
 from quaver.model.tts import Utterance
+from quaver.provenance import Step
 from quaver.report import Gate, Metric, Report
 from quaver.validate import Recipe, validate
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quaver.provenance import PROVENANCE, Provenance, Step
 from quaver.text import Tokenizer
 from training import data, parts, recipe
 from training.talker import settings_of
@@ -39,7 +40,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def checkpoint(out: Path, tokenizer: Path, model: dict[str, Tensor], codec: dict[str, Tensor]) -> None:
-    """Writes the folder ``out`` from state dicts whose tensors have the dtypes to be stored."""
+    """Writes the folder ``out`` from state dicts whose tensors have the dtypes to be stored, and their sums."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         if (tokenizer / name).resolve() != (out / name).resolve():
@@ -63,6 +64,7 @@ def checkpoint(out: Path, tokenizer: Path, model: dict[str, Tensor], codec: dict
     }
     write_json(out / "speech_tokenizer" / "preprocessor_config.json", extractor)
     save_file(codec, out / "speech_tokenizer" / "model.safetensors", {"format": "pt"})
+    (out / PROVENANCE).write_text(Provenance.of(out, (Step("training.export"),)).to_json(), "utf-8")
 
 
 def stored(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

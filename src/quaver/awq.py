@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from quaver import corpus
 from quaver.awq_search import GroupReport, LayerSearch, Moment, search_layer
-from quaver.checkpoint import Checkpoint, Step, check_new
+from quaver.checkpoint import Checkpoint
 from quaver.corpus import Item, Progress
 from quaver.errors import CheckpointError, RecipeError
+from quaver.files import check_new
 from quaver.int4 import GROUP, require_shape
 from quaver.model.layers import GROUPS, Decoder, DecoderLayer
 from quaver.model.tts import TTS
+from quaver.provenance import Step
 
 LAYERS = "talker.model.layers"
 KEPT = ("talker.code_predictor", "talker.codec_head", "talker.text_projection", "speaker_encoder")
@@ -69,10 +71,14 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class AwqReport:
-    """What quantizing did: every layer's choices, the norms that absorbed scales, the calibration set, the time."""
+    """What quantizing did: every layer's choices, what absorbed scales, the calibration set, the time.
+
+    ``absorbed`` names each norm, and each linear before it was rounded, whose weight was divided by scales, with the
+    least and the largest of them.
+    """
 
     layers: tuple[LayerReport, ...]
-    absorbed: tuple[str, ...]
+    absorbed: Mapping[str, tuple[float, float]]
     n_utterances: int
     n_positions: int
     calibration_sha256: str
@@ -140,12 +146,19 @@ def quantize(
         raise RecipeError(f"{calibration} holds no utterance: at least one is needed to calibrate")
     rows = talker_inputs(tts, items, recipe.n_positions)
     calibrated = time.perf_counter()
-    layers, tensors = _quantize_layers(tts, rows, search, progress)
+    layers, tensors, absorbed = _quantize_layers(tts, rows, search, progress)
     searched = time.perf_counter()
-    absorbed = tuple(name for name in tensors if name.endswith("norm.weight"))
     digest = corpus.fingerprint(items)
+    result = {
+        "calibration_sha256": digest,
+        "calibration_utterances": len(rows),
+        "calibration_positions": sum(map(len, rows)),
+        "absorbed": {name: list(ends) for name, ends in absorbed.items()},
+        "loss_nearest": sum(layer.loss_nearest for layer in layers),
+        "loss": sum(layer.loss for layer in layers),
+    }
     saved = checkpoint.edit(
-        Step("quantize", {**asdict(recipe), "method": "awq", "calibration_sha256": digest, "absorbed": list(absorbed)}),
+        Step("quantize", {**asdict(recipe), "method": "awq"}, result=result),
         lambda name, tensor: tensors.get(name, {name: tensor}),
         {"quantization_config": settings()},
     ).save(out)
@@ -274,12 +287,13 @@ def _listening(layer: DecoderLayer, mask: Tensor, sums: dict[str, Moment]) -> It
 @torch.no_grad()
 def _quantize_layers(
     tts: TTS, rows: Sequence[Tensor], search: Search, progress: Progress | None
-) -> tuple[tuple[LayerReport, ...], dict[str, Mapping[str, Tensor]]]:
-    """Every layer's report, and what stands in place of each tensor that changes."""
+) -> tuple[tuple[LayerReport, ...], dict[str, Mapping[str, Tensor]], dict[str, tuple[float, float]]]:
+    """Every layer's report, what stands in place of each tensor that changes, and what absorbed which scales."""
     decoder, specs = tts.talker.model, tts.checkpoint.specs
     stream = Stream(decoder, rows)
     reports: list[LayerReport] = []
     tensors: dict[str, Mapping[str, Tensor]] = {}
+    absorbed: dict[str, tuple[float, float]] = {}
     for index, original in enumerate(decoder.layers):
         assert isinstance(original, DecoderLayer)
         layer = copy.deepcopy(original).float()
@@ -291,12 +305,22 @@ def _quantize_layers(
             tensors[f"{name}.weight"] = {f"{name}.{key}": value.cpu() for key, value in weight.tensors().items()}
             found.layer.get_parameter(f"{linear}.weight").data.copy_(weight.dequantize())
         for norm in sorted({group.before for group in GROUPS} - found.weights.keys()):
+            before = original.get_parameter(f"{norm}.weight").to(dtype)
             stored = found.layer.get_parameter(f"{norm}.weight").data.to(dtype)
-            if not torch.equal(stored, original.get_parameter(f"{norm}.weight").to(dtype)):
+            if not torch.equal(stored, before):
                 name = f"{prefix}.{norm}.weight"
                 tensors[name] = {name: stored.cpu()}
+                # A channel that a weight of 0 silences took no scale.
+                absorbed[name] = _ends((before.float() / stored.float())[stored != 0])
+        absorbed |= {f"{prefix}.{linear}.weight": _ends(scale) for linear, scale in found.units.items()}
         stream.advance(found.layer)
         reports.append(LayerReport(index, tuple(found.reports)))
         if progress:
             progress("quantizing layers", index + 1, len(decoder.layers))
-    return tuple(reports), tensors
+    return tuple(reports), tensors, absorbed
+
+
+def _ends(scale: Tensor) -> tuple[float, float]:
+    """The least and the largest of ``scale``, to six digits."""
+    low, high = (float(f"{float(end):.6g}") for end in scale.aminmax())
+    return low, high

@@ -18,9 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quaver.checkpoint import Checkpoint, Edit, Spec, Step, check_new, read_specs, read_tensor, resolve, sha256
+from quaver.checkpoint import Checkpoint, Edit, Spec, read_specs, read_tensor, resolve
 from quaver.corpus import Progress
 from quaver.errors import CheckpointError, RecipeError
+from quaver.files import check_new
+from quaver.provenance import Origin, Provenance, Step
 
 RISKY = 0.10
 """From this share on, blends were found to make speech that never stops."""
@@ -83,9 +85,15 @@ class Donor:
 
     @classmethod
     def open(cls, source: str | Path) -> Donor:
-        """The donor in a folder or of a hub id. Raises CheckpointError when it has no decoder with plain weights."""
+        """The donor in a folder or of a hub id.
+
+        Raises CheckpointError when it has no decoder with plain weights, Damaged when it is not what its provenance
+        says.
+        """
         path = resolve(source)
-        specs = read_specs(path)
+        provenance = Provenance.read(path)
+        provenance.check(path)
+        specs = read_specs(path, provenance)
         found = [n.removesuffix(_FIRST) for n in specs if n.endswith(_FIRST) and "code_predictor" not in n]
         if len(found) == 1:
             return cls(path, specs, found[0])
@@ -143,9 +151,9 @@ def blended(source: Checkpoint, donor: Donor, recipe: Recipe, told: Told | None 
     Raises CheckpointError when the models do not fit each other, RecipeError when the pattern names no tensor.
     """
     chosen = _chosen(source, donor, recipe)
-    sums = {file.name: sha256(file) for file in sorted({donor.specs[theirs].file for theirs, _ in chosen.values()})}
+    read = {file.name: file for file in sorted({donor.specs[theirs].file for theirs, _ in chosen.values()})}
     asked = {**asdict(recipe), "layers": {str(i): share for i, share in sorted(recipe.layers.items())}}
-    step = Step("blend", {**asked, "donor": donor.path.name, "donor_sha256": sums, "n_tensors": len(chosen)})
+    step = Step("blend", asked, result={"n_tensors": len(chosen)}, parents=(Origin.of(donor.path, read),))
     return source.edit(step, _edit(source, donor, recipe, chosen, told))
 
 
@@ -162,7 +170,7 @@ def blend(
     def told(change: Change) -> None:
         changes.append(change)
         if progress:
-            progress("blending", len(changes), edited.edits[-1][0].recipe["n_tensors"])
+            progress("blending", len(changes), edited.edits[-1][0].result["n_tensors"])
 
     edited = blended(source, donor, recipe or Recipe(), told)
     edited.save(out)

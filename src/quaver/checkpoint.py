@@ -2,22 +2,22 @@
 
 The layout is the official one: ``config.json``, ``model.safetensors`` (or shards with an index), tokenizer files,
 ``generation_config.json`` and ``speech_tokenizer/``. Edits are functions of one tensor; saving streams them, so that no
-more than a tensor is in memory. Weights are read from safetensors alone: never from pickles.
+more than a few tensors are in memory. Weights are read from safetensors alone: never from pickles.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata, resources
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,17 +26,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quaver.config import CodecConfig, ModelConfig, parse, read_codec_config, read_json
-from quaver.errors import BudgetError, CheckpointError, RecipeError
+from quaver.errors import CheckpointError
+from quaver.files import new_folder, write_file
+from quaver.provenance import CODEC, PROVENANCE, Origin, Provenance, Step, check_file, check_sum, walk
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PROVENANCE = "provenance.json"
-CODEC = "speech_tokenizer"
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_N_AHEAD = min(4, os.cpu_count() or 1)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Edit = Callable[[str, Tensor], Mapping[str, Tensor]]
@@ -45,11 +47,12 @@ Edit = Callable[[str, Tensor], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies and what it is; ``sha256`` of its bytes where that is recorded."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    sha256: str | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -60,39 +63,6 @@ class Spec:
     def n_elements(self) -> int:
         """Its number of values."""
         return int(torch.Size(self.shape).numel())
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing done to a model: by which tool, with which recipe, and what it reported."""
-
-    tool: str
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    version: str = field(default_factory=lambda: metadata.version("quaver"))
-    parents: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """How a checkpoint came to be: its steps, first to last, and the SHA-256 of its weight files. No time stamps."""
-
-    steps: tuple[Step, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path) -> Provenance:
-        """The provenance in ``path``, an empty one where the file is missing. Raises CheckpointError."""
-        if not path.exists():
-            return cls()
-        value = read_json(path)
-        try:
-            return cls(tuple(Step(**step) for step in value["steps"]), dict(value["files"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a provenance file: {error}") from error
-
-    def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +84,27 @@ class Checkpoint:
         """The checkpoint in a folder, of a hub id, or of a voice that ships with quaver (``tiny``).
 
         ``codec`` names a folder or hub id that holds the speech tokenizer, for a model that comes without.
-        Raises CheckpointError for anything missing, unreadable, truncated or not understood.
+        Raises CheckpointError for anything missing, unreadable, truncated or not understood, Damaged for a file that is
+        not what provenance.json says, where there is one; each tensor is held against it as it is read.
         """
         path = resolve(source)
+        provenance = Provenance.read(path)
+        provenance.check(path)
         settings = read_json(path / "config.json")
         config = parse(ModelConfig, settings, str(path / "config.json"))
         codec_path = _codec_folder(path, codec)
+        codec_provenance = Provenance.beside(codec_path)
+        if codec_path != path / CODEC:
+            codec_provenance.check(codec_path)
         return cls(
             path=path,
             codec_path=codec_path,
             config=config,
             codec_config=read_codec_config(codec_path / "config.json"),
             settings=settings,
-            specs=read_specs(path),
-            codec_specs=read_specs(codec_path),
-            provenance=Provenance.read(path / PROVENANCE),
+            specs=read_specs(path, provenance),
+            codec_specs=read_specs(codec_path, codec_provenance),
+            provenance=provenance,
         )
 
     def edit(self, step: Step, fn: Edit, settings: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -144,7 +120,7 @@ class Checkpoint:
         return read_tensor(self.specs[name], name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor's name and value after the edits, in the order of the files, one in memory at a time."""
+        """Every tensor's name and value after the edits, in the order of the files, few in memory at a time."""
         for name, tensor in _stream(self.specs):
             yield from self._edited(name, tensor, 0)
 
@@ -168,49 +144,63 @@ class Checkpoint:
         """Writes the edited model with all its side files to the new folder ``out``.
 
         The folder appears whole or not at all. Raises RecipeError when ``out`` exists or its parent does not,
-        BudgetError when the disk is full.
+        BudgetError when the disk is full, Damaged when the model read is not what its provenance says.
         """
         with new_folder(out) as aside:
-            files = {WEIGHTS: write_tensors(aside / WEIGHTS, self.tensors(), len(self.specs))}
+            write_tensors(aside / WEIGHTS, self.tensors(), len(self.specs))
             self._copy_side_files(aside)
-            steps = self.provenance.steps
-            if self.edits:
-                parents = {str(file.relative_to(self.path)): sha256(file) for file in _files(self.specs)}
-                steps += tuple(replace(step, parents=parents) for step, _ in self.edits)
-            files |= {f"{CODEC}/{f.name}": sha256(aside / CODEC / f.name) for f in _files(self.codec_specs)}
             if self.settings == read_json(self.path / "config.json"):
                 shutil.copyfile(self.path / "config.json", aside / "config.json")
             else:
                 (aside / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
-            (aside / PROVENANCE).write_text(Provenance(steps, files).to_json(), encoding="utf-8")
+            steps = self.provenance.steps
+            if self.edits:
+                origins = self.origins()
+                steps += tuple(replace(step, parents=(*origins, *step.parents)) for step, _ in self.edits)
+            (aside / PROVENANCE).write_text(Provenance.of(aside, steps).to_json(), encoding="utf-8")
+
+    def origins(self) -> tuple[Origin, ...]:
+        """What this model is, as a parent of another: itself, and where its speech tokenizer is elsewhere, that.
+
+        Every file is read and summed.
+        """
+        own = walk(self.path)
+        if self.codec_path == self.path / CODEC:
+            return (Origin.of(self.path, own),)
+        lender = self.codec_path.parent if self.codec_path.name == CODEC else self.codec_path
+        lent = {path.relative_to(lender).as_posix(): path for path in walk(self.codec_path).values()}
+        own = {name: path for name, path in own.items() if not name.startswith(f"{CODEC}/")}
+        return Origin.of(self.path, own), Origin.of(lender, lent)
+
+    def record(self, validation: Mapping[str, Any]) -> Checkpoint:
+        """This checkpoint with the verdict ``validation``, JSON's values, which is written into its provenance.json.
+
+        Nothing else changes; an earlier verdict is replaced. Raises CheckpointError for a model without provenance,
+        RecipeError when the file cannot be written.
+        """
+        self.check_recordable()
+        recorded = replace(self.provenance, validation=dict(validation))
+        write_file(self.path / PROVENANCE, recorded.to_json().encode())
+        return replace(self, provenance=Provenance.read(self.path))
+
+    def check_recordable(self) -> None:
+        """Raises CheckpointError unless this is a model with provenance as it was written: only it takes a verdict."""
+        if not self.provenance.files or self.edits:
+            raise CheckpointError(f"{self.path} has no {PROVENANCE}: a verdict is kept only with what quaver wrote")
 
     def _copy_side_files(self, aside: Path) -> None:
-        own = {"config.json", PROVENANCE, INDEX, *(f.name for f in _files(self.specs))}
-        for source in sorted(self.path.iterdir()):
-            if source.name in own or source.name == CODEC or source.name.startswith("."):
-                continue
-            if source.is_dir():
-                shutil.copytree(source, aside / source.name)
-            else:
-                shutil.copyfile(source, aside / source.name)
-        (aside / CODEC).mkdir()
-        for source in sorted(f for f in self.codec_path.iterdir() if f.is_file() and not f.name.startswith(".")):
-            shutil.copyfile(source, aside / CODEC / source.name)
-
-    def verify(self) -> None:
-        """Checks every weight file against the SHA-256 in the provenance.
-
-        Raises CheckpointError that names the first file that differs, or says that no sums are recorded.
-        """
-        if not self.provenance.files:
-            raise CheckpointError(f"{self.path / PROVENANCE} records no sums: only what quaver wrote can be verified")
-        for name, expected in self.provenance.files.items():
-            if not (self.path / name).is_file():
-                raise CheckpointError(f"{self.path / name} is missing, though provenance.json lists it")
-            if sha256(self.path / name) != expected:
-                raise CheckpointError(
-                    f"{self.path / name} differs from the SHA-256 in provenance.json: changed or damaged"
-                )
+        """Copies all files but the model's own weights and settings, each held against its sum where one is known."""
+        own = {"config.json", INDEX, *(f.name for f in _files(self.specs))}
+        codec = {f"{CODEC}/{name}": path for name, path in walk(self.codec_path).items()}
+        model = {name: path for name, path in walk(self.path).items() if name not in own}
+        found = {name: path for name, path in model.items() if not name.startswith(f"{CODEC}/")} | codec
+        lent = Provenance.beside(self.codec_path).files
+        known = {**self.provenance.files, **{f"{CODEC}/{name}": file for name, file in lent.items()}}
+        for name, path in found.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, aside / name)
+            if name in known:
+                check_file(path, known[name])
 
 
 def resolve(source: str | Path) -> Path:
@@ -230,9 +220,8 @@ def resolve(source: str | Path) -> Path:
         raise CheckpointError(f"{source} is no folder, no hub id (owner/name) and no voice that ships with quaver")
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.md", f"{CODEC}/*"]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), ignore_patterns=[f"*{suffix}" for suffix in _PICKLES]))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -266,9 +255,10 @@ def _files(specs: Mapping[str, Spec]) -> list[Path]:
     return sorted({spec.file for spec in specs.values()})
 
 
-def read_specs(folder: Path) -> dict[str, Spec]:
+def read_specs(folder: Path, provenance: Provenance) -> dict[str, Spec]:
     """Where every tensor of a folder's safetensors files lies, held against the index where there is one.
 
+    ``provenance`` is what is known of the folder: of the tensors it names, each gets its sum.
     Raises CheckpointError for a folder without weights, and for files that are damaged or do not fit their index.
     """
     index: dict[str, str] | None = None
@@ -280,11 +270,12 @@ def read_specs(folder: Path) -> dict[str, Spec]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = [f.name for f in folder.glob("*") if f.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+        pickles = [f.name for f in folder.glob("*") if f.suffix in _PICKLES]
         hint = f"; {pickles[0]} is a pickle, which quaver never loads: convert it to safetensors" if pickles else ""
         raise CheckpointError(f"{folder / WEIGHTS} is missing{hint}")
     specs: dict[str, Spec] = {}
     for file in files:
+        known = provenance.tensors.get(file.name, {})
         with _open(file) as weights:
             for name in weights.offset_keys():
                 if name in specs:
@@ -294,7 +285,7 @@ def read_specs(folder: Path) -> dict[str, Spec]:
                     raise CheckpointError(
                         f"{file}: tensor {name} has type {part.get_dtype()}, which quaver does not read"
                     )
-                specs[name] = Spec(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                specs[name] = Spec(file, DTYPES[part.get_dtype()], tuple(part.get_shape()), known.get(name))
     if index is not None and index.keys() != specs.keys():
         name = min(index.keys() ^ specs.keys())
         where = "in the index but in no file" if name in index else "in a file but not in the index"
@@ -303,21 +294,43 @@ def read_specs(folder: Path) -> dict[str, Spec]:
 
 
 def read_tensor(spec: Spec, name: str) -> Tensor:
-    """The tensor ``name`` where ``spec`` says it lies. Raises CheckpointError for a file that cannot be read."""
+    """The tensor ``name`` where ``spec`` says it lies.
+
+    Raises CheckpointError for a file that cannot be read, Damaged for a tensor that differs from its recorded sum.
+    """
     with _open(spec.file) as weights:
         tensor: Tensor = weights.get_tensor(name)
-    return tensor
+    return _checked(spec, name, tensor)
 
 
 def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
-    for file in _files(specs):
-        with _open(file) as weights:
-            for name in weights.offset_keys():
-                yield name, weights.get_tensor(name)
+    """Every tensor in the order of the files; while one is at work, the next are held against their sums."""
+    with ThreadPoolExecutor(_N_AHEAD) as pool:
+        for file in _files(specs):
+            with _open(file) as weights:
+                names = weights.offset_keys()
+                coming = (pool.submit(_checked, specs[name], name, weights.get_tensor(name)) for name in names)
+                ahead = deque(islice(coming, _N_AHEAD))
+                for name in names:
+                    tensor = ahead.popleft().result()
+                    ahead.extend(islice(coming, 1))
+                    yield name, tensor
 
 
-def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected: int) -> str:
-    """Writes a safetensors file tensor by tensor and returns its SHA-256.
+def _checked(spec: Spec, name: str, tensor: Tensor) -> Tensor:
+    if spec.sha256 is not None:
+        check_sum(spec.file, name, hashlib.sha256(_bytes(tensor)).hexdigest(), spec.sha256)
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as they are stored."""
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected: int) -> None:
+    """Writes a safetensors file tensor by tensor.
 
     The header stands before the data but is known after it: room is kept and filled with spaces, as the format
     allows.
@@ -345,59 +358,10 @@ def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected:
         out.write((room - 8).to_bytes(8, "little") + text)
         out.flush()
         os.fsync(out.fileno())
-    return sha256(path)
 
 
 def _append(out: IO[bytes], header: dict[str, Any], name: str, tensor: Tensor, position: int) -> int:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    end = position + flat.nbytes
+    end = position + tensor.nbytes
     header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
-    out.write(flat.view(torch.uint8).numpy().data)
+    out.write(_bytes(tensor))
     return end
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_new(out: str | Path) -> Path:
-    """``out`` as the path of a folder that can be made. Raises RecipeError when it exists or its parent does not."""
-    out = Path(out)
-    if out.exists():
-        raise RecipeError(f"{out} exists already: name a new folder, or remove it first")
-    if not out.parent.is_dir():
-        raise RecipeError(
-            f"the folder {out.parent} does not exist: make it first, or name another place for {out.name}"
-        )
-    return out
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder beside ``out`` to be filled: renamed to ``out`` at the end, gone if anything fails.
-
-    Raises RecipeError when ``out`` exists or its parent does not, BudgetError when the disk is full.
-    """
-    out = check_new(out)
-    try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise RecipeError(f"{out.parent} cannot be written to: {error.strerror}") from error
-    try:
-        yield aside
-        aside.chmod(0o755)
-        aside.rename(out)
-    except OSError as error:
-        raise disk_error(error, out) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def disk_error(error: OSError, out: Path) -> BudgetError | RecipeError:
-    """What a failed write to ``out`` means to the user."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free = shutil.disk_usage(out.parent).free
-        return BudgetError(f"no space left for {out}: {free / 1e6:.0f} MB are free; nothing was left behind")
-    return RecipeError(f"{out} cannot be written: {error.strerror or error}")

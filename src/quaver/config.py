@@ -300,6 +300,8 @@ def parse(cls: type[C], value: object, where: str) -> C:
 
 def _typed(hint: Any, value: object, where: str) -> Any:
     """``value`` checked against the annotation ``hint``, nested configurations parsed."""
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast(type, hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

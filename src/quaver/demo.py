@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from quaver import audio, awq, corpus, validate
-from quaver.checkpoint import Checkpoint, check_new
+from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine
+from quaver.files import check_new
 from quaver.model.tts import TTS, Utterance, references
 
 MODEL = "tiny"
@@ -50,9 +51,9 @@ def demonstrate(
     tell(f"    {made.summary()}")
 
     tell("2/3 validate it against its original on held-out speech")
-    report = validate.validate(
-        Checkpoint.open(out / "tiny-int4"), checkpoint, validate.Recipe(n_samples=16), progress=progress
-    )
+    candidate = Checkpoint.open(out / "tiny-int4")
+    report = validate.validate(candidate, checkpoint, validate.Recipe(n_samples=16), progress=progress)
+    validate.record(candidate, checkpoint, report)
     report.save(out / "report")
     tell(f"    {report.verdict}: {out / 'report' / 'report.html'}")
 

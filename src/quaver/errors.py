@@ -2,6 +2,7 @@
 
     QuaverError
     ├── CheckpointError   a model directory, its configuration or one of its tensors
+    │   └── Damaged       a file or tensor that is not what provenance.json records; names it
     ├── RecipeError       what was asked for: a text, a language, a knob, an output place
     ├── VoiceError        a voice file, a preset, or a voice this model cannot take
     ├── AudioError        an audio file or its samples
@@ -15,6 +16,7 @@ Every message says what, where, and what to do.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,14 @@ class QuaverError(Exception):
 
 class CheckpointError(QuaverError):
     """A model directory, configuration or tensor that is not what it should be."""
+
+
+class Damaged(CheckpointError):
+    """A model that is not what its provenance records; ``file`` and, where it is one, ``tensor`` tell what differs."""
+
+    def __init__(self, message: str, file: Path, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.file, self.tensor = file, tensor
 
 
 class RecipeError(QuaverError):

@@ -18,24 +18,14 @@ import torch
 from torch import Tensor
 
 from quaver import awq
-from quaver.checkpoint import (
-    PROVENANCE,
-    WEIGHTS,
-    Checkpoint,
-    Edit,
-    Provenance,
-    Step,
-    check_new,
-    new_folder,
-    read_specs,
-    sha256,
-    write_tensors,
-)
+from quaver.checkpoint import WEIGHTS, Checkpoint, Edit, read_specs, write_tensors
 from quaver.corpus import Progress
 from quaver.errors import CheckpointError, RecipeError
+from quaver.files import check_new, new_folder
 from quaver.int4 import GROUP, IN_TURN, pack, unpack
 from quaver.model.talker import TextProjection
 from quaver.model.tts import shapes
+from quaver.provenance import PROVENANCE, Provenance, Step
 
 Format = Literal["compressed-tensors", "qwen3"]
 
@@ -92,7 +82,7 @@ def export(
         settings = {**checkpoint.settings, "quantization_config": compressed_settings()}
         # Not through `edit`: it would read the settings back as those of a model that quaver runs.
         replace(checkpoint, settings=settings, edits=((step, compressed),)).write(out)
-    specs = read_specs(out)
+    specs = read_specs(out, Provenance.read(out))
     return ExportReport(
         format=form,
         n_linears=sum(name.endswith(".qweight") for name in shapes(checkpoint.config)),
@@ -189,29 +179,24 @@ def qwen3_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _write_qwen3(checkpoint: Checkpoint, out: Path, progress: Progress | None) -> None:
-    step = Step("export", {"format": "qwen3"}, parents=_sums(checkpoint))
+    step = Step("export", {"format": "qwen3"}, parents=checkpoint.origins())
     text = replace(checkpoint, edits=((step, _qwen3_edit(checkpoint, progress)),))
     settings = qwen3_settings(checkpoint)
     end = checkpoint.config.im_end_token_id
     with new_folder(out) as aside:
-        sums = {WEIGHTS: write_tensors(aside / WEIGHTS, text.tensors(), len(text.specs))}
+        write_tensors(aside / WEIGHTS, text.tensors(), len(text.specs))
         for source in (checkpoint.path / name for name in _TOKENIZER):
             if source.exists():
                 shutil.copyfile(source, aside / source.name)
-        provenance = Provenance((*checkpoint.provenance.steps, step), sums)
         files = {
             "config.json": _json(settings),
             "generation_config.json": _json({"do_sample": False, "eos_token_id": end, "pad_token_id": end}),
             "README.md": _card(checkpoint),
-            PROVENANCE: provenance.to_json(),
         }
         for name, content in files.items():
             (aside / name).write_text(content, encoding="utf-8")
-
-
-def _sums(checkpoint: Checkpoint) -> dict[str, str]:
-    files = sorted({spec.file for spec in checkpoint.specs.values()})
-    return {str(file.relative_to(checkpoint.path)): sha256(file) for file in files}
+        provenance = Provenance.of(aside, (*checkpoint.provenance.steps, step))
+        (aside / PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -1,12 +1,50 @@
-"""One output file, written whole or not at all."""
+"""Output that is written whole or not at all, and the sums of what is there."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from quaver.checkpoint import disk_error
-from quaver.errors import RecipeError
+from quaver.errors import BudgetError, RecipeError
+
+
+def check_new(out: str | Path) -> Path:
+    """``out`` as the path of a folder that can be made. Raises RecipeError when it exists or its parent does not."""
+    out = Path(out)
+    if out.exists():
+        raise RecipeError(f"{out} exists already: name a new folder, or remove it first")
+    if not out.parent.is_dir():
+        raise RecipeError(
+            f"the folder {out.parent} does not exist: make it first, or name another place for {out.name}"
+        )
+    return out
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder beside ``out`` to be filled: renamed to ``out`` at the end, gone if anything fails.
+
+    Raises RecipeError when ``out`` exists or its parent does not, BudgetError when the disk is full.
+    """
+    out = check_new(out)
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise RecipeError(f"{out.parent} cannot be written to: {error.strerror}") from error
+    try:
+        yield aside
+        aside.chmod(0o755)
+        aside.rename(out)
+    except OSError as error:
+        raise disk_error(error, out) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_output(path: Path | str) -> Path:
@@ -41,3 +79,17 @@ def write_file(path: Path | str, content: bytes) -> None:
         raise disk_error(error, path) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def disk_error(error: OSError, out: Path) -> BudgetError | RecipeError:
+    """What a failed write to ``out`` means to the user."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        free = shutil.disk_usage(out.parent).free
+        return BudgetError(f"no space left for {out}: {free / 1e6:.0f} MB are free; nothing was left behind")
+    return RecipeError(f"{out} cannot be written: {error.strerror or error}")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

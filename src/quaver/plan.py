@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 
 from quaver import awq, ledger
-from quaver.checkpoint import CODEC, INDEX, Spec, read_specs, resolve
+from quaver.checkpoint import INDEX, Spec, read_specs, resolve
 from quaver.config import AwqConfig, CodecConfig, ModelConfig, parse, read_codec_config, read_model_config
 from quaver.errors import CheckpointError
 from quaver.ledger import Entry, megabytes
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import INT4_SUFFIXES, Model, memory_bytes
+from quaver.provenance import CODEC, Provenance
 
 Name = Literal["bf16", "int4", "compact"]
 PROFILES: tuple[Name, ...] = ("bf16", "int4", "compact")
@@ -124,7 +125,7 @@ def _codec_configuration(beside: Path, codec: str | Path | None) -> Path | None:
 def _stored(folder: Path) -> Mapping[str, Spec]:
     """The headers of the weights in ``folder``, none where it has a configuration alone."""
     there = (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
-    return read_specs(folder) if there else {}
+    return read_specs(folder, Provenance.read(folder)) if there else {}
 
 
 def _weighed(name: Name, specs: Mapping[str, Spec], codec_specs: Mapping[str, Spec], device: str) -> tuple[Entry, ...]:

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from quaver import audio as audio_files
 from quaver.audio import Audio
-from quaver.checkpoint import new_folder
 from quaver.errors import GateFailed
+from quaver.files import new_folder
 from quaver.plots import Plot, legend, scientific, svg
 
 Cell = str | int | float | None

@@ -7,8 +7,9 @@ answered stays in host memory, so that the two are never loaded together. Shapes
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 
 import numpy as np
@@ -103,6 +104,22 @@ def validate(
     )
 
 
+def record(candidate: Checkpoint, source: Checkpoint, report: Report) -> Checkpoint:
+    """``candidate`` with the verdict and figures of ``report``, which compared it with ``source``, in its provenance.
+
+    The sealed part about how it was made stays as it is. Raises what Checkpoint.record raises.
+    """
+    told = json.loads(report.to_json())
+    return candidate.record(
+        {
+            "verdict": report.verdict,
+            "against": [asdict(origin) for origin in source.origins()],
+            **{key: told[key] for key in ("passed", "summary", "gates", "metrics")},
+            "asked": {key: report.provenance[key] for key in ("utterances", "computed on", "versions")},
+        }
+    )
+
+
 def _check_comparable(candidate: Checkpoint, source: Checkpoint) -> None:
     """Raises RecipeError unless both models answer the same questions in the same ids."""
     settings = [
@@ -186,5 +203,6 @@ def _side(name: str, tts: TTS, spoken: Sequence[Item], recipe: Recipe) -> Side:
 def _lineage(name: str, checkpoint: Checkpoint) -> dict[str, str]:
     """Which files ``checkpoint`` is, and what made it, as far as it says so itself."""
     made = [f"{step.tool} {step.version}" for step in checkpoint.provenance.steps]
-    sums = {f"{name} {file}": f"SHA-256 {total}" for file, total in checkpoint.provenance.files.items()}
+    weights = {file: checkpoint.provenance.files[file] for file in checkpoint.provenance.tensors}
+    sums = {f"{name} {file}": f"SHA-256 {one.sha256}" for file, one in weights.items()}
     return {name: ", ".join([checkpoint.path.name, *made]), **sums}

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import toy
-from quaver.checkpoint import Checkpoint, Step
+from quaver.checkpoint import Checkpoint
 from quaver.config import ModelConfig, parse
 from quaver.engine import Engine, Knobs
 from quaver.model.talker import Talker
 from quaver.model.tts import TTS, Utterance
+from quaver.provenance import Step
 from quaver.sampling import Sampling, distribution
 from quaver.voice import Voice
 

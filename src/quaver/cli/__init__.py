@@ -1,6 +1,7 @@
 """The command line: one verb a command, ``quaver VERB SOURCE [-o OUT] [--json]``.
 
-Exit codes: 0 done, 1 a validation gate failed, 2 anything else that quaver explains (on one line), 130 Ctrl-C.
+Exit codes: 0 done, 1 a validation gate failed or a model is not what its provenance says, 2 anything else that quaver
+explains (on one line), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 # Imported for what they add to the group.
 from quaver.cli import craft, proof, speech
 from quaver.cli.shell import DTYPES, Progress, cli
-from quaver.errors import BudgetError, GateFailed, QuaverError
+from quaver.errors import BudgetError, Damaged, GateFailed, QuaverError
 
 __all__ = ["DTYPES", "Progress", "cli", "craft", "main", "proof", "run", "speech"]
 
@@ -27,7 +28,7 @@ def run(arguments: list[str]) -> int:
     """Runs the command line ``arguments`` and returns the exit code."""
     try:
         cli.main(arguments, prog_name="quaver", standalone_mode=False)
-    except GateFailed as error:
+    except (Damaged, GateFailed) as error:
         click.echo(f"quaver: {error}", err=True)
         return 1
     except QuaverError as error:

@@ -9,8 +9,9 @@ from typing import Literal
 import click
 
 from quaver import awq, blend, export
-from quaver.checkpoint import Checkpoint, check_new
+from quaver.checkpoint import Checkpoint
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
+from quaver.files import check_new
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""The verbs that tell what a model is and whether it is good: validate, info, plan."""
+"""The verbs that tell what a model is, whether it is good, whether it is intact: validate, info, plan, verify, card."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Literal
 import click
 
 from quaver import ledger, plan, validate
-from quaver.checkpoint import Checkpoint, check_new
+from quaver.card import card, check_place
+from quaver.checkpoint import Checkpoint
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
+from quaver.errors import Damaged
+from quaver.files import check_new, write_file
+from quaver.verify import verify
 
 
 @cli.command(name="validate")
@@ -21,22 +25,25 @@ from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
 )
 @click.option("--samples", type=int, default=32, show_default=True, help="Held-out utterances.")
 @click.option("--seed", type=int, default=1729, show_default=True)
+@click.option("--record", is_flag=True, help="Write the verdict and its figures into CANDIDATE's provenance.json too.")
 @model_options
 @json_option
 def validate_command(
     candidate: str, against: str, out: Path | None, samples: int, seed: int, codec: str | None, device: str, dtype: str,
-    *, as_json: bool,
+    *, record: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare CANDIDATE with its original on held-out speech; exit 1 when a gate fails."""
     if out is not None:
         check_new(out)
     recipe = validate.Recipe(n_samples=samples, seed=seed)
-    report = validate.validate(
-        Checkpoint.open(candidate, codec=codec), Checkpoint.open(against, codec=codec), recipe,
-        device=device, dtype=DTYPES[dtype], progress=Progress(),
-    )  # fmt: skip
+    made, source = Checkpoint.open(candidate, codec=codec), Checkpoint.open(against, codec=codec)
+    if record:
+        made.check_recordable()
+    report = validate.validate(made, source, recipe, device=device, dtype=DTYPES[dtype], progress=Progress())
     if out is not None:
         report.save(out)
+    if record:
+        validate.record(made, source, report)
     click.echo(report.to_json() if as_json else report.to_markdown())
     report.require()
 
@@ -45,13 +52,10 @@ def validate_command(
 @click.argument("source")
 @click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not in the model's folder.")
 @click.option("--device", default="cpu", show_default=True, help="Where memory is counted: cpu or cuda.")
-@click.option("--verify", is_flag=True, help="Check every weight file against the sums in provenance.json first.")
 @json_option
-def info(source: str, codec: str | None, device: str, *, verify: bool, as_json: bool) -> None:
+def info(source: str, codec: str | None, device: str, *, as_json: bool) -> None:
     """Show each module of SOURCE: parameters, type, bytes on disk and in memory, what is quantized."""
     checkpoint = Checkpoint.open(source, codec=codec)
-    if verify:
-        checkpoint.verify()
     weighed = ledger.weigh(checkpoint, device=device)
     if as_json:
         click.echo(json.dumps(weighed.to_json()))
@@ -76,3 +80,36 @@ def plan_command(
         return
     for line in plan.table(made):
         click.echo(line)
+
+
+@cli.command(name="verify")
+@click.argument("source")
+@click.option("--parent", "parents", multiple=True, metavar="MODEL", help="A model it was made from, checked as well.")
+@json_option
+def verify_command(source: str, parents: tuple[str, ...], *, as_json: bool) -> None:
+    """Check every byte of SOURCE against its provenance.json; exit 1 and name what differs first."""
+    try:
+        found = verify(source, parents, Progress())
+    except Damaged as error:
+        if as_json:
+            told = {"intact": False, "file": str(error.file), "tensor": error.tensor, "error": str(error)}
+            click.echo(json.dumps(told))
+        raise
+    click.echo(json.dumps(found.to_json()) if as_json else found.summary())
+
+
+@cli.command(name="card")
+@click.argument("source")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write, such as SOURCE/README.md.")
+@click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not in the model's folder.")
+def card_command(source: str, out: Path | None, codec: str | None) -> None:
+    """Write the model card of SOURCE from its provenance.json: Markdown, to standard output or a file."""
+    checkpoint = Checkpoint.open(source, codec=codec)
+    if out is not None:
+        check_place(out, checkpoint)
+    text = card(checkpoint)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    write_file(out, text.encode())
+    click.echo(f"{out}: {len(text.encode()):,} bytes", err=True)
