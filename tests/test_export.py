@@ -106,8 +106,8 @@ def test_the_compressed_model_travels_whole(int4, compressed):
     for name in ("vocab.json", "merges.txt", "generation_config.json", "speech_tokenizer/model.safetensors"):
         assert (out / name).read_bytes() == (int4.path / name).read_bytes()
     made = json.loads((out / "provenance.json").read_text())["made"]
-    assert [step["tool"] for step in made["steps"]] == ["round", "export"]
-    assert made["steps"][1]["parents"][0]["files"].keys() == walk(int4.path).keys()
+    assert [step["tool"] for step in made["steps"][-2:]] == ["round", "export"]
+    assert made["steps"][-1]["parents"][0]["files"].keys() == walk(int4.path).keys()
     verify(out)
     # What quaver cannot run it refuses, by the name of the method.
     with pytest.raises(CheckpointError, match="quant_method is 'compressed-tensors'; quaver implements 'awq' only"):
@@ -146,7 +146,7 @@ def test_the_text_model_is_the_talkers_decoder(int4, qwen3):
     assert not (out / "speech_tokenizer").exists()
     assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= {path.name for path in out.iterdir()}
     made = json.loads((out / "provenance.json").read_text())["made"]
-    assert [step["tool"] for step in made["steps"]] == ["round", "export"]
+    assert [step["tool"] for step in made["steps"][-2:]] == ["round", "export"]
     assert made["files"].keys() >= {"model.safetensors", "config.json", "vocab.json"}
     verify(out)
 

@@ -191,9 +191,9 @@ def test_encoder_and_decoder_are_trained_from_a_set_to_a_whole_codec(
     _run(encoder, monkeypatch, "train", *common, *latents, "--out", tmp_path / "encoder", "--seconds", 0.5)
     assert (tmp_path / "encoder" / "done").exists()
     out = tmp_path / "decoder"
-    _run(voices, monkeypatch, "--set", tmp_path, "--out", tmp_path / "voices", "--seconds", 0.1)
     _run(encode, monkeypatch, *common, *latents, "--out", tmp_path / "own", toy=False)
     (tmp_path / "own" / "done").touch()
+    _run(voices, monkeypatch, "--set", tmp_path / "own", *latents, "--out", tmp_path / "voices", "--seconds", 0.1)
     _run(
         decoder,
         monkeypatch,

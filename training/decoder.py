@@ -265,7 +265,7 @@ class Trainer:
         """From now on whose voice is heard counts, by the speaker encoder in ``state`` (`training.voices`)."""
         config = parse(SpeakerConfig, recipe.SPEAKER_ENCODER, "training/recipe.py: SPEAKER_ENCODER")
         encoder = SpeakerEncoder(config)
-        encoder.load_state_dict({n.removeprefix("encoder."): p for n, p in state.items() if n.startswith("encoder.")})
+        encoder.load_state_dict(state)
         self.recognizer = encoder.to(self.device).requires_grad_(False)
         # A filter bank is made once for a device, and not within a graph.
         speaker.mel(torch.zeros(1, data.RATE_HZ, device=self.device))

@@ -246,14 +246,18 @@ def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class VoicesRecipe:
-    """How the speaker encoder is trained alone; seconds are of wall clock."""
+    """How the speaker encoder is trained; seconds are of wall clock."""
 
+    n_classes: int = 24
+    """Of sounds, in each of which a voice has its own manner."""
+    relevance: float = 16.0
+    """So many frames of a class count as said like everybody's."""
+    n_axes: int = 64
+    loudness: float = 0.5
+    """The power of the principal axes' sizes that is left: 1 is as measured, 0 all alike."""
     batch: int = 384
     seconds: float = 3.0
-    """Of speech that a speaker is told from."""
-    scale: float = 24.0
-    margin: float = 0.1
-    unequal_weight: float = 0.1
+    """Of speech that a voice is told from."""
     lr: float = 1e-3
     warmup_s: float = 3.0
     ema_decay: float = 0.998
@@ -263,7 +267,7 @@ class VoicesRecipe:
 
 @dataclass(frozen=True, slots=True)
 class TalkerRecipe:
-    """How talker, code predictor and speaker encoder are trained together; seconds are of wall clock."""
+    """How talker and code predictor are trained together; seconds are of wall clock."""
 
     lengths: tuple[int, ...] = (48, 64, 80, 96, 112, 128, 160, 192, 256, 352)
     """To how many positions examples are filled up, prompt and frames together."""
@@ -279,8 +283,10 @@ class TalkerRecipe:
     n_frames_settled: int = 16_384
     """How many frames the code predictor sees in a step from then on."""
     lr: float = 2e-3
-    voices_lr: float = 5e-4
-    """Of the speaker encoder: at more than that it learns slower."""
+    vector_noise: float = 0.3
+    """On speaker vectors, as a share of them: voices whose vectors are alike are to sound alike."""
+    unheard: float = 0.4
+    """The share of examples with a reference in context that have no speaker vector."""
     warmup_s: float = 12.0
     weight_decay: float = 0.05
     dropout: float = 0.1

@@ -38,10 +38,11 @@ hours=$([ -n "$toy" ] && echo 0.01 || echo 30)
 $(several 29601) -m training.decoder "${sets[@]}" --hours "$hours" --first $first --latents $begun --encoder $first --resume $first --drawn 0 \
     --voices "$work/voices" --own "$work/own" --out "$work/decoder" --seconds "$(left "${AROUND:-100}")" --device "$(device 2)" $toy > "$logs/decoder.log" 2>&1 &
 decoder=$!
-# The speaker encoder has the time until the talker's first step.
-python3 -m training.voices "${sets[@]}" --out "$work/voices" --seconds "${VOICES:-75}" --device "$(device 1)" $toy > "$logs/voices.log" 2>&1 &
 python3 -m training.encode "${sets[@]}" --first $first --latents $begun --out "$work/encoded" \
-    --device "$(device 0)" $([ -n "$toy" ] || echo "$(device 2) $(device 3)") > "$logs/encode.log" 2>&1
+    --device "$(device 0)" $([ -n "$toy" ] || echo "$(device 1) $(device 2)") > "$logs/encode.log" 2>&1
+# The speaker encoder has the time until the talker's first step.
+python3 -m training.voices --set "$work/encoded" --latents $begun --out "$work/voices" --seconds "${VOICES:-75}" --device "$(device 1)" $toy \
+    > "$logs/voices.log" 2>&1 &
 
 # What the talker says itself, for the decoder: the voice that ships first, then twice the one that learns.
 own() {

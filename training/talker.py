@@ -1,4 +1,4 @@
-r"""Train talker, code predictor and speaker encoder together on an encoded set: any sentence, any voice.
+r"""Train talker and code predictor together on an encoded set: any sentence, any voice.
 
     python -m training.talker --set SET --texts .data/texts.jsonl --latents LATENTS --tokenizer TEXT \
         --out OUT --seconds 780
@@ -57,7 +57,7 @@ PROMPT = 9
 """The fewest positions beside the frames."""
 _IGNORED = -100
 _PATIENCE_S = 300.0
-_REPORTED = ("codebook 0", "right", "latent", "codebook 1", "codebook 5", "mean of 1 to 15", "voices", "stray")
+_REPORTED = ("codebook 0", "right", "latent", "codebook 1", "codebook 5", "mean of 1 to 15", "stray")
 
 
 def config_of(tokenizer: Tokenizer, *, toy: bool = False) -> ModelConfig:
@@ -207,12 +207,14 @@ class Trainer:
         self.latents = books[1:].flatten(0, 1)
         # What a hidden state says of the frame's acoustic latent, read off linearly; it is not part of the model.
         self.readout = nn.Linear(hidden, books.shape[2]).to(device)
-        self.voices = nn.Parameter(torch.randn(len(examples.names), hidden, device=device))
         self.book_rows = recipe.N_CODES * torch.arange(n_books - 1, device=device)
         self.code_rows = stack.code_rows(model.talker, device)
         some = torch.randint(len(examples.codes), (20_000,), device=device)
         self.power = self.acoustic(examples.codes[some].long()).var(0).sum()
-        self.parameters = [*model.parameters(), *self.readout.parameters(), self.voices]
+        assert model.speaker_encoder is not None
+        self.encoder = model.speaker_encoder.requires_grad_(False)
+        heard = {id(p) for p in self.encoder.parameters()}
+        self.parameters = [*(p for p in model.parameters() if id(p) not in heard), *self.readout.parameters()]
         self.ema = [p.detach().clone() for p in self.parameters]
         predictor = model.talker.code_predictor
         decoders = (model.talker.model.layers, predictor.model.layers)
@@ -221,15 +223,10 @@ class Trainer:
         self.spread = [torch.zeros((), device=device) for _ in self.linears]
         # The talker hears by the predictor's tables of codes.
         late = {id(p) for n, p in predictor.named_parameters() if "codec_embedding" not in n}
-        assert model.speaker_encoder is not None
-        heard = {id(p) for p in (*model.speaker_encoder.parameters(), self.voices)}
         self.late = [p for p in self.parameters if id(p) in late]
-        groups = (
-            [p for p in self.parameters if id(p) not in late | heard],
-            [p for p in self.parameters if id(p) in heard],
-        )
-        self.lr = [torch.zeros((), device=device) for _ in range(3)]
-        self.optimizers = [self._optimizer(*both) for both in zip((*groups, self.late), self.lr, strict=True)]
+        groups = [p for p in self.parameters if id(p) not in late], self.late
+        self.lr = [torch.zeros((), device=device) for _ in groups]
+        self.optimizers = [self._optimizer(*both) for both in zip(groups, self.lr, strict=True)]
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         # The first of them are heard most.
@@ -240,7 +237,7 @@ class Trainer:
         self.noise, self.guidance, self.harshness, self.following = (torch.zeros((), device=device) for _ in range(4))
         self.guided, self.learning = False, True
         self.settled = False
-        """Whether talker and speaker encoder have learnt enough, and the code predictor alone goes on."""
+        """Whether the talker has learnt enough, and the code predictor alone goes on."""
         self.n_steps, self.n_returns = 0, 0
         self._remembered: list[Tensor] = []
         self.n_failed, self.in_a_row, self.most_in_a_row = (torch.zeros((), device=device) for _ in range(3))
@@ -259,23 +256,22 @@ class Trainer:
         """The acoustic latents [N, d] that codebooks 1 and on of ``codes`` int64 [N, Q] add up to."""
         return F.embedding_bag(codes[:, 1:] + self.book_rows, self.latents, mode="sum")
 
-    def vectors(self, speaker: Tensor, half_seconds: int) -> tuple[Tensor, Tensor]:
-        """Noisy speaker vectors [B, D], and how far their directions are from telling the speakers apart."""
-        encoder = self.model.speaker_encoder
-        assert encoder is not None
+    @torch.no_grad()
+    def vectors(self, speaker: Tensor, told: Tensor, half_seconds: int) -> Tensor:
+        """Noisy speaker vectors [B, D]; none, a zero, for some of those who are ``told`` [B] in context."""
+        s = self.settings
         samples = self.examples.references.changed(speaker, speaker_encoder.SAMPLE_RATE_HZ * half_seconds // 2)
         with torch.autocast(self.device.type, enabled=False):
-            found: Tensor = encoder(speaker_encoder.mel(samples))
-            unsure = voices.unsure(found, self.voices, speaker, 16.0) + 0.1 * voices.unequal(found)
-        scale = found.detach().square().mean(1, keepdim=True).sqrt()
-        return found + 0.1 * scale * torch.randn_like(found), unsure
+            found: Tensor = self.encoder(speaker_encoder.mel(samples))
+        scale = found.square().mean(1, keepdim=True).sqrt()
+        found = found + s.vector_noise * scale * torch.randn_like(found)
+        silent = told & (torch.rand(len(found), device=self.device) < s.unheard)
+        return found.masked_fill(silent[:, None], 0.0)
 
     def clean_vectors(self, speaker: Tensor) -> Tensor:
         """Speaker vectors [B, D] as at inference, from six seconds."""
-        encoder = self.model.speaker_encoder
-        assert encoder is not None
         samples = self.examples.references.plain(speaker, 6 * speaker_encoder.SAMPLE_RATE_HZ)
-        found: Tensor = encoder(speaker_encoder.mel(samples))
+        found: Tensor = self.encoder(speaker_encoder.mel(samples))
         return found
 
     def rates(self, n: int) -> Tensor:
@@ -365,7 +361,8 @@ class Trainer:
         n_frames = s.n_frames_settled if self.settled else s.n_frames
         with self.autocast:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settled):
-                vectors, unsure = self.vectors(speaker, 4 + batch.n_positions // 8 % 5)
+                told = batch.rows[2].to(self.device) > 0
+                vectors = self.vectors(speaker, told, 4 + batch.n_positions // 8 % 5)
                 found = self.spoken(batch, self.rates(len(speaker)), vectors)
             spoken, last = found["spoken"], found["last"]
             weight = spoken + s.stop_weight * last
@@ -376,9 +373,9 @@ class Trainer:
             each = self.residual(found, -(-n_frames // len(speaker)), torch.full((), 0.1, device=self.device))
         stray = found.get("stray", first.detach() * 0.0)
         right = ((found["logits"].argmax(-1) == found["wanted"]) & spoken).sum() / spoken.sum()
-        now = torch.stack([first, right, unlike, each[0], each[4], each.mean(), unsure, stray]).detach()
+        now = torch.stack([first, right, unlike, each[0], each[4], each.mean(), stray]).detach()
         self.now.copy_(now.nan_to_num(1e3, 1e3, 1e3))
-        rest = 2.0 * unlike + 2.0 * (each * self.book_weight).sum() + 0.5 * unsure + self.guidance * stray
+        rest = 2.0 * unlike + 2.0 * (each * self.book_weight).sum() + self.guidance * stray
         # What is said hangs on codebook 0 alone.
         total: Tensor = 2.0 * first + rest
         return total
@@ -430,12 +427,8 @@ class Trainer:
 
     @torch.no_grad()
     def hear(self, state: dict[str, Tensor]) -> None:
-        """Begins with the speaker encoder and the speakers' directions of `training.voices`."""
-        assert self.model.speaker_encoder is not None
-        encoder = {n.removeprefix("encoder."): p for n, p in state.items() if n.startswith("encoder.")}
-        self.model.speaker_encoder.load_state_dict(encoder)
-        self.voices.copy_(state["directions"])
-        torch._foreach_copy_(self.ema, list[Tensor](self.parameters))
+        """Takes the speaker encoder of `training.voices`."""
+        self.encoder.load_state_dict(state)
 
     def prepare(self) -> None:
         """Captures a step of every shape that there is, before the clock of the run starts."""
@@ -526,8 +519,8 @@ class Trainer:
         share = min(1.0, elapsed_s / s.total_s)
         warm = 0.7**self.n_returns * min(1.0, (elapsed_s - s.elapsed_s + 0.5) / s.warmup_s)
         before = min(1.0, share / s.settled)
-        for lr, most, gone in zip(self.lr, (s.lr, s.voices_lr, s.lr), (before, before, share), strict=True):
-            lr.fill_(warm * most * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone))))
+        for lr, gone in zip(self.lr, (before, share), strict=True):
+            lr.fill_(warm * s.lr * (0.02 + 0.49 * (1.0 + math.cos(math.pi * gone))))
         self.noise.fill_(s.weight_noise * min(1.0, 2.0 * share))
         self.guidance.fill_(s.guidance * max(0.0, 1.0 - 2.0 * share))
         # Once the text is read, what was heard may be trusted more: the codes of a frame hang on those before it.
@@ -536,7 +529,7 @@ class Trainer:
 
     def averaged(self) -> dict[str, Tensor]:
         """The model's state with the running mean of its parameters."""
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         return {**self.model.state_dict(), **dict(zip(names, self.ema, strict=False))}
 
     @contextmanager

@@ -1,13 +1,18 @@
-"""Train the speaker encoder alone: to tell speakers apart, from changed excerpts of what they say.
+"""Train the speaker encoder: how a voice sounds, from changed excerpts of what it says.
 
-    python -m training.voices --set SET --set SET --out OUT --seconds 80
+    python -m training.voices --set ENCODED --latents LATENTS --out OUT --seconds 80
 
-The talker's training begins with OUT (`--voices`) and goes on with it slowly: learnt beside all the rest, from nothing,
-a voice takes longer than the text. Writes OUT/voices parts, the running mean of the weights and a direction for each
-speaker in the order of their names, every 20 seconds and at the end, then OUT/done. Every twentieth speaker is held
-out: of the ends of two recordings, how often those of one speaker are more alike than those of two (`told`).
+ENCODED is what `training.encode` wrote, LATENTS what `training.encoder measure` wrote. A vector that tells who speaks
+is a number on a list, and a voice that is not on it could be any (docs/VOICE.md). So a speaker's vector is to be a
+manner: how far each kind of sound is, in that mouth, from how all say it. What is measured of all that a speaker says
+is the target of three seconds of it, however they were recorded; voices that sound alike have vectors that are alike.
+The talker learns to speak by these vectors, and the encoder stays as it is.
 
-Shapes: B batch, S speakers, N samples at 24 kHz, D the width of a speaker vector.
+Writes OUT/voices parts, the running mean of the encoder's weights, every 20 seconds and at the end, then OUT/done.
+Every twentieth speaker is held out: how much of the manner is told, and, of the ends of a recording and of others', how
+often those of one speaker are more alike than those of two.
+
+Shapes: B batch, S speakers, N samples at 24 kHz, T frames, Q codebooks, D the width of a speaker vector.
 """
 
 from __future__ import annotations
@@ -21,17 +26,56 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from quaver.config import SpeakerConfig, parse
 from quaver.model import speaker
 from quaver.model.speaker import SpeakerEncoder
-from training import parts, recipe, shards
+from training import parts, quantizer, recipe, shards
 from training.encoder import captured, check, descend, keep
 
 HELD_OUT_EVERY = 20
 _TOLD_S = 3.0
+_FRAMES = 1 << 18
+
+
+@torch.no_grad()
+def manners(encoded: shards.Encoded, books: Tensor, settings: recipe.VoicesRecipe, width: int) -> Tensor:
+    """The manner [S, ``width``] of every speaker of ``encoded``, of power 1 on average; ``books`` [Q, K, d].
+
+    The codes of codebook 0 are put into classes of sounds. How a speaker's frames of a class sound, on average, less
+    how all speakers' do, is one part of a vector that is then turned to its principal axes over all speakers, loud axes
+    made fainter; classes of which little was heard count as said like everybody's (the supervector of Reynolds et al.
+    2000, Speaker verification using adapted Gaussian mixture models).
+    """
+    device, n_speakers, n_classes = books.device, len(encoded.names), settings.n_classes
+    generator = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generator:
+        torch.manual_seed(settings.seed)
+        means = quantizer.kmeans(books[0], n_classes)
+    kind = quantizer.nearest(books[0], means)
+    who = encoded.speaker.long().repeat_interleave(encoded.n_frames.long())
+    sums = torch.zeros(n_speakers * n_classes, books.shape[2], device=device)
+    counts = torch.zeros(n_speakers * n_classes, device=device)
+    for speakers, codes in zip(torch.split(who, _FRAMES), torch.split(encoded.codes, _FRAMES), strict=True):
+        rows = codes.to(device).long()
+        place = speakers.to(device) * n_classes + kind[rows[:, 0]]
+        sound = torch.stack([F.embedding(rows[:, i], books[i]) for i in range(1, len(books))]).sum(0)
+        sums.index_add_(0, place, sound)
+        counts.index_add_(0, place, torch.ones_like(place, dtype=torch.float32))
+    sums, counts = sums.view(n_speakers, n_classes, -1), counts.view(n_speakers, n_classes, 1)
+    usual = sums.sum(0) / counts.sum(0).clamp(min=1.0)
+    apart = (sums - counts * usual) / (counts + settings.relevance)
+    apart = (apart * (counts.sum(0) / counts.sum()).sqrt()).flatten(1)
+    left, size, _ = torch.linalg.svd(apart - apart.mean(0), full_matrices=False)
+    n = min(settings.n_axes, width, len(size))
+    scores = left[:, :n] * size[:n] ** settings.loudness
+    torch.manual_seed(settings.seed)
+    axes = torch.linalg.qr(torch.randn(width, n))[0].to(device)
+    scores = scores * (n_speakers * width / scores.square().sum()).sqrt()
+    found: Tensor = scores @ axes.T
+    return found
 
 
 class References:
@@ -74,31 +118,19 @@ class References:
         return out
 
 
-def unsure(found: Tensor, directions: Tensor, who: Tensor, scale: float, margin: float = 0.0) -> Tensor:
-    """The cross-entropy in nats of the speakers ``who`` [B] by the cosines of ``found`` [B, D] with ``directions``
-    [S, D]; the right one has to win by ``margin`` (Wang et al. 2018, CosFace)."""
-    cosine = F.normalize(found, dim=1, eps=1e-4) @ F.normalize(directions, dim=1, eps=1e-4).T
-    return F.cross_entropy(scale * (cosine - margin * F.one_hot(who, len(directions))), who)
-
-
-def unequal(found: Tensor) -> Tensor:
-    """How far the vectors [B, D] are from a root mean square of 1, in squares of nats of power: nothing else hangs on
-    how long they are, and without bounds they grow beyond all numbers."""
-    return (found.square().mean(1) + 1e-6).log().square().mean()
-
-
 class Trainer:
     """The speaker encoder and one train step."""
 
-    def __init__(self, encoder: SpeakerEncoder, references: References, settings: recipe.VoicesRecipe) -> None:
+    def __init__(
+        self, encoder: SpeakerEncoder, references: References, wanted: Tensor, settings: recipe.VoicesRecipe
+    ) -> None:
+        """``wanted``: the speakers' manners [S, D]."""
         self.references, self.settings = references, settings
         self.device = device = references.samples.device
-        self.encoder = encoder.to(device)
-        n_speakers = len(references.samples)
-        held = torch.arange(n_speakers, device=device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        self.encoder, self.wanted = encoder.to(device), wanted.to(device)
+        held = torch.arange(len(wanted), device=device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         self.held_out, self.trained = held.nonzero()[:, 0], (~held).nonzero()[:, 0]
-        self.directions = nn.Parameter(torch.randn(n_speakers, encoder.fc.out_channels, device=device))
-        self.parameters = [*self.encoder.parameters(), self.directions]
+        self.parameters = list(self.encoder.parameters())
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.ema = [p.detach().clone() for p in self.parameters]
@@ -109,13 +141,18 @@ class Trainer:
         )
         self.report, self.odd = (torch.zeros((), device=device) for _ in range(2))
 
+    def missed(self, found: Tensor, who: Tensor) -> Tensor:
+        """The share of the manners of ``who`` [B] that the vectors ``found`` [B, D] do not tell."""
+        share: Tensor = (found - self.wanted[who]).square().mean() / self.wanted[who].square().mean()
+        return share
+
     def step(self) -> None:
         """One train step; gradients that are not finite count as none."""
         s = self.settings
         who = self.trained[torch.randint(len(self.trained), (s.batch,), device=self.device)]
         found = self.encoder(speaker.mel(self.references.changed(who, round(s.seconds * speaker.SAMPLE_RATE_HZ))))
-        missed = unsure(found, self.directions, who, s.scale, s.margin)
-        gradients = torch.autograd.grad(missed + s.unequal_weight * unequal(found), self.parameters)
+        missed = self.missed(found, who)
+        gradients = torch.autograd.grad(missed, self.parameters)
         with torch.no_grad():
             keep(self.parameters, gradients)
             self.odd += descend(self.optimizer, self.parameters, 1.0)
@@ -123,26 +160,28 @@ class Trainer:
             self.report.lerp_(missed.nan_to_num(1e3), 0.02)
 
     def averaged(self) -> dict[str, Tensor]:
-        """The running means: the encoder's state, and the speakers' directions."""
-        names = [*(f"encoder.{name}" for name, _ in self.encoder.named_parameters()), "directions"]
-        return dict(zip(names, self.ema, strict=True))
+        """The running mean of the encoder's state."""
+        return dict(zip((n for n, _ in self.encoder.named_parameters()), self.ema, strict=True))
 
     @torch.no_grad()
-    def told(self) -> float:
-        """How often two pieces of a held-out speaker, from the start and the end of what there is, are more alike than
-        pieces of two speakers: 0.5 says nothing, 1.0 all. By the averaged encoder; nan with fewer than two held out."""
+    def told(self) -> tuple[float, float]:
+        """Of held-out speakers, by the averaged encoder: the share of their manners that is told, and how often two
+        pieces of one, from the start and the end of what there is, are more alike than pieces of two: 0.5 says nothing,
+        1.0 all. nan with fewer than two held out."""
         if len(self.held_out) < 2:
-            return math.nan
+            return math.nan, math.nan
         n = round(_TOLD_S * speaker.SAMPLE_RATE_HZ)
         samples, own = self.references.samples[self.held_out], [p.detach().clone() for p in self.parameters]
         torch._foreach_copy_(list[Tensor](self.parameters), self.ema)
         ends = (samples[:, :n], samples[:, -n:])
-        first, second = (F.normalize(self.encoder.embed(end.float() / 32768.0), dim=1) for end in ends)
+        vectors = [self.encoder.embed(end.float() / 32768.0) for end in ends]
         torch._foreach_copy_(list[Tensor](self.parameters), own)
+        told = 1.0 - float(sum(self.missed(found, self.held_out) for found in vectors)) / 2
+        first, second = (F.normalize(found, dim=1) for found in vectors)
         likeness = first @ second.T
         same = likeness.diagonal()
         other = likeness[~torch.eye(len(same), dtype=torch.bool, device=self.device)]
-        return float((same[:, None] > other).float().mean())
+        return told, float((same[:, None] > other).float().mean())
 
 
 def train(trainer: Trainer, out: Path, log: Callable[[str], None]) -> None:
@@ -157,7 +196,9 @@ def train(trainer: Trainer, out: Path, log: Callable[[str], None]) -> None:
 
     def save() -> None:
         odd = check(trainer.odd, n_steps)
-        log(f"step {n_steps}: {float(trainer.report):.3f} nats, told {trainer.told():.4f}, {odd} not finite")
+        told, alike = trainer.told()
+        now = f"step {n_steps}: {float(trainer.report):.3f} missed, of those held out {told:.3f} told"
+        log(f"{now}, told apart {alike:.4f}, {odd} not finite")
         parts.write(out, "voices", trainer.averaged(), torch.float32)
 
     while (elapsed := time.monotonic() - begun) < s.total_s:
@@ -178,7 +219,8 @@ def train(trainer: Trainer, out: Path, log: Callable[[str], None]) -> None:
 def main() -> None:
     """Reads, trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", type=Path, action="append", required=True, help="a synthesized set")
+    parser.add_argument("--set", type=Path, required=True, help="the folder of the encoded set")
+    parser.add_argument("--latents", type=Path, required=True, help="where the codebooks are")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=80.0)
     parser.add_argument("--device")
@@ -198,10 +240,13 @@ def main() -> None:
     def log(text: str) -> None:
         print(f"voices {time.monotonic() - begun:.0f} s | {text}", flush=True)
 
-    names, references = shards.references([clip for folder in args.set for clip in shards.spoken(folder)])
-    log(f"{len(names)} speakers")
-    config = parse(SpeakerConfig, recipe.SPEAKER_ENCODER, "training/recipe.py: SPEAKER_ENCODER")
-    train(Trainer(SpeakerEncoder(config), References(references, device), settings), args.out, log)
+    encoded, config = shards.read(args.set), parse(SpeakerConfig, recipe.SPEAKER_ENCODER, "training/recipe.py")
+    books = parts.read(args.latents, "coding")["books"].to(device)
+    wanted = manners(encoded, books, settings, config.enc_dim)
+    log(f"{len(wanted)} speakers, {len(encoded.codes)} frames")
+    references = References(shards.read_references(args.set), device)
+    torch.manual_seed(settings.seed)
+    train(Trainer(SpeakerEncoder(config), references, wanted, settings), args.out, log)
 
 
 if __name__ == "__main__":
