@@ -1,7 +1,7 @@
 r"""Train talker and code predictor together on an encoded set: any sentence, any voice.
 
     python -m training.talker --set SET --texts .data/texts.jsonl --latents LATENTS --tokenizer TEXT \
-        --out OUT --seconds 780
+        --voices VOICES --out OUT --seconds 780
 
 On one GPU or, with torchrun, several (or a CPU, with `--toy`). SET is what `training.encode` wrote, LATENTS the OUT of
 `training.encoder measure`: of the codec the codebooks alone are used. Writes OUT/talker-*.safetensors (the running mean
@@ -9,9 +9,10 @@ of the weights, bf16, see `training.parts`) every minute, OUT/best-*.safetensors
 fifths of the time, OUT/curve.jsonl with what `Trainer.judged` finds on held-out sentences, and OUT/said.safetensors
 with a few sentences spoken.
 
-Each example is a sentence in one voice, its speaker vector taken from a changed excerpt of that speaker. What was heard
-is made unreliable, up to nothing true at all: a model that may trust it reads neither text nor voice. Two heads are
-guided along the text for the first half, and the linears carry noise, so that INT4 does no harm.
+Each example is a sentence in one voice, its speaker vector taken from a changed excerpt of that speaker by the encoder
+of `training.voices`, which stays as it is. What was heard is made unreliable, up to nothing true at all: a model that
+may trust it reads neither text nor voice. Two heads are guided along the text for the first half, and the linears carry
+noise, so that INT4 does no harm.
 """
 
 from __future__ import annotations
@@ -792,7 +793,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile layers and losses")
     parser.add_argument("--toy", action="store_true", help="fewer layers and tiny steps, on a CPU")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.voices or args.resume):
+        parser.error("no speaker encoder: give --voices, or --resume with a model that has one")
+    return args
 
 
 def _device(name: str | None) -> torch.device:
