@@ -11,7 +11,7 @@ import torch
 
 from quaver.config import SpeakerConfig, parse
 from quaver.model.speaker import SpeakerEncoder
-from training import parts, quantizer, recipe, shards, voices
+from training import parts, quantizer, recipe, rooms, shards, voices
 
 _CPU = torch.device("cpu")
 
@@ -40,6 +40,22 @@ def test_changed_excerpts_are_heard_and_differ_each_time() -> None:
     assert not torch.allclose(found[1], found[2])
     assert references.changed(who, 1_000_000).shape == (3, 24_000)
     torch.testing.assert_close(references.plain(who, 100), references.samples[who, :100] / 32768.0)
+
+
+def test_what_is_recorded_is_as_loud_as_it_was_and_what_was_said() -> None:
+    torch.manual_seed(0)
+    clean = 0.1 * torch.randn(64, 12_000).cumsum(1).diff(n=2, dim=1, prepend=torch.zeros(64, 2)).clamp(-1, 1)
+    heard = rooms.recorded(clean)
+    assert heard.shape == clean.shape
+    power = heard.square().mean(1) / clean.square().mean(1)
+    assert 0.98 < power.min() <= power.max() < 1.05
+    likeness = torch.nn.functional.cosine_similarity(heard, clean, dim=1)
+    assert likeness.min() > 0.4
+    assert len(set(likeness.tolist())) == 64
+    assert rooms.recorded(torch.zeros(2, 12_000)).abs().max() < 1e-4
+    wave = torch.sin(2 * torch.pi * 250.0 * torch.arange(12_000) / 24_000).expand(64, -1)
+    louder = [rooms.recorded(wave, colour_db=db).square().mean(1).log().std() for db in (0.0, 12.0)]
+    assert all(float(spread) < 0.05 for spread in louder)
 
 
 def _said(shifts: torch.Tensor, n_frames: int) -> tuple[shards.Encoded, torch.Tensor]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from quaver.model.codec_encoder import Codec, CodecEncoder
-from training import parts, quantizer, recipe
+from training import parts, quantizer, recipe, rooms
 from training.latents import WIDTHS, Latents
 from training.pool import Pool, from_sets
 
@@ -145,9 +145,10 @@ class Trainer:
 
     def step(self) -> None:
         """One train step; gradients that are not finite count as none."""
-        samples = self.draw()
+        samples, n_roomy = self.draw(), round(self.settings.roomy * self.settings.batch)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             said, sound, _ = self.coding(samples)
+            samples = torch.cat((rooms.recorded(samples[:n_roomy]), samples[n_roomy:]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             got = quantizer.to_code(self.encoder, samples)
         missed = (got[0] - said).square().sum(-1).mean() / self.coding.power

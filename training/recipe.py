@@ -109,6 +109,8 @@ class EncoderRecipe:
     n_frames: int = 30
     changed: float = 0.4
     """The share of crops that are slower or faster, and so higher or lower, than the recording."""
+    roomy: float = 0.5
+    """The share of crops that are heard in rooms and noise, and are to be told as if they were clean."""
     lr: float = 8e-4
     said_weight: float = 0.7
     """The weight of what codebook 0 misses of what is said, against what the others miss of how it sounds."""

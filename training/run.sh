@@ -5,8 +5,8 @@
 #
 # WORK holds texts.jsonl, jobs-0.xz, jobs-1.xz, styles.npz, text/ (the tokenizer) and kokoro*.bin or .safetensors; logs, sets and results go there, the
 # checkpoint to WORK/tiny. Codec and talker go on from the voice that ships, its codebooks are in training/begun. Speech that is there already (WORK/sets) is
-# not spoken again; SPEECH: seconds of it, by default 130. VOICES: seconds of the speaker encoder alone, 75. ANEW=1: the talker from nothing. TOY=1: a few
-# steps of everything on a CPU, from the speech that is there.
+# not spoken again; SPEECH: seconds of it, by default 130. VOICES: seconds of the speaker encoder, 75. ENCODER: seconds in which the codec's encoder goes on,
+# beside the decoder, 0. ANEW=1: the talker from nothing. TOY=1: a few steps of everything on a CPU, from the speech that is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}.:src" PYTHONUNBUFFERED=1
@@ -34,8 +34,14 @@ fi
 
 # The decoder and the talker need about a minute before their clocks start, and some seconds after they stand still.
 hours=$([ -n "$toy" ] && echo 0.01 || echo 30)
+encoder=$first
+if [ "${ENCODER:-0}" -gt 0 ]; then
+    encoder=$work/encoder/codec
+    python3 -m training.encoder train "${sets[@]}" --first $first --latents $begun --out "$work/encoder" --seconds "$ENCODER" --device "$(device 3)" $toy \
+        > "$logs/encoder.log" 2>&1 &
+fi
 # shellcheck disable=SC2046
-$(several 29601) -m training.decoder "${sets[@]}" --hours "$hours" --first $first --latents $begun --encoder $first --resume $first --drawn 0 \
+$(several 29601) -m training.decoder "${sets[@]}" --hours "$hours" --first $first --latents $begun --encoder "$encoder" --resume $first --drawn 0 \
     --voices "$work/voices" --own "$work/own" --out "$work/decoder" --seconds "$(left "${AROUND:-100}")" --device "$(device 2)" $toy > "$logs/decoder.log" 2>&1 &
 decoder=$!
 python3 -m training.encode "${sets[@]}" --first $first --latents $begun --out "$work/encoded" \

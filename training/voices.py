@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from quaver.config import SpeakerConfig, parse
 from quaver.model import speaker
 from quaver.model.speaker import SpeakerEncoder
-from training import parts, quantizer, recipe, shards
+from training import parts, quantizer, recipe, rooms, shards
 from training.encoder import captured, check, descend, keep
 
 HELD_OUT_EVERY = 20
@@ -93,7 +93,7 @@ class References:
         noise; of at most half of a recording."""
         device, n = self.samples.device, len(who)
         n_samples = min(n_samples, self.samples.shape[1] // 2)
-        uniform = torch.rand(9, n, 1, device=device)
+        uniform = torch.rand(3, n, 1, device=device)
         speed = 0.96 + 0.08 * uniform[0]
         start = uniform[1] * (self.samples.shape[1] - speed * n_samples - 2.0)
         at = start + speed * torch.arange(n_samples, device=device)
@@ -101,21 +101,7 @@ class References:
         flat = self.samples.view(-1)
         x = torch.lerp(flat[left].float(), flat[left + 1].float(), at - at.floor())
         x = x / (x.square().mean(1, keepdim=True) + 1.0).sqrt()
-        hz = torch.linspace(0.0, speaker.SAMPLE_RATE_HZ / 2, n_samples // 2 + 1, device=device)
-        tilt_db = 5.0 * (uniform[2] - 0.5) * (hz.clamp(min=100.0) / 1000.0).log2()
-        edge_hz = torch.where(uniform[3] < 0.3, 6000.0 + 2000.0 * uniform[4], 1e6)
-        gain = 10.0 ** (tilt_db / 20.0) * torch.sigmoid((edge_hz - hz) / 80.0)
-        n_tail = min(n_samples, speaker.SAMPLE_RATE_HZ // 3)
-        seconds = torch.arange(n_tail, device=device) / speaker.SAMPLE_RATE_HZ
-        tail = torch.randn(n, n_tail, device=device) * torch.exp(-6.9 * seconds / (0.08 + 0.3 * uniform[5]))
-        loud = torch.where(uniform[6] < 0.3, 0.6 * uniform[6] / 0.3, 0.0)
-        tail = tail * loud / (tail.square().sum(1, keepdim=True) + 1e-6).sqrt()
-        spectrum = torch.fft.rfft(x) * gain * (1.0 + torch.fft.rfft(tail, n=n_samples))
-        x = torch.fft.irfft(spectrum, n=n_samples)
-        x = x / (x.square().mean(1, keepdim=True) + 1e-4).sqrt()
-        x = x + 10.0 ** (-3.0 + 2.2 * uniform[7]) * torch.randn_like(x)
-        out: Tensor = x * 0.06 * 10.0 ** (1.2 * (uniform[8] - 0.5))
-        return out
+        return rooms.recorded(x, colour_db=5.0) * 0.06 * 10.0 ** (1.2 * (uniform[2] - 0.5))
 
 
 class Trainer:
