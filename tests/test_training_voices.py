@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from quaver.config import SpeakerConfig, parse
 from quaver.model.speaker import SpeakerEncoder
 from training import parts, quantizer, recipe, rooms, shards, voices
 
@@ -25,7 +24,7 @@ def _references(n_speakers: int) -> voices.References:
 
 def _trainer(n_speakers: int, **settings: float) -> voices.Trainer:
     torch.manual_seed(0)
-    config = parse(SpeakerConfig, recipe.SPEAKER_ENCODER, "recipe")
+    config = recipe.speaker_config()
     chosen = dataclasses.replace(recipe.VoicesRecipe(), batch=8, seconds=0.5, ema_decay=0.5, **settings)
     wanted = torch.randn(n_speakers, config.enc_dim)
     return voices.Trainer(SpeakerEncoder(config), _references(n_speakers), wanted, chosen)

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quaver.config import SpeakerConfig, parse
 from quaver.model import speaker
 from quaver.model.codec import CodecDecoder
 from quaver.model.codec_encoder import Codec, CodecEncoder
@@ -263,8 +262,7 @@ class Trainer:
 
     def recognize(self, state: dict[str, Tensor]) -> None:
         """From now on whose voice is heard counts, by the speaker encoder in ``state`` (`training.voices`)."""
-        config = parse(SpeakerConfig, recipe.SPEAKER_ENCODER, "training/recipe.py: SPEAKER_ENCODER")
-        encoder = SpeakerEncoder(config)
+        encoder = SpeakerEncoder(recipe.speaker_config())
         encoder.load_state_dict(state)
         self.recognizer = encoder.to(self.device).requires_grad_(False)
         # A filter bank is made once for a device, and not within a graph.

@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from quaver.model.tts import Model
 from quaver.text import Tokenizer
-from training import parts, recipe, shards, stack
+from training import parts, recipe, shards
 from training.pool import chosen
 from training.ranks import Ranks
 from training.talker import Batch, Examples, Trainer, config_of, read_texts
@@ -40,19 +39,21 @@ class Sayer:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         trainer.learning = trainer.guided = False
-        self.tables = stack.code_tables(trainer.model.talker)
 
     @torch.no_grad()
     def rest(self, hidden: Tensor, first: Tensor) -> Tensor:
         """Codebooks 1 to Q - 1 [N, Q - 1] of frames with the hidden states [N, D] and the codes ``first`` [N]."""
-        predictor, rows = self.trainer.model.talker.code_predictor, self.trainer.code_rows
-        given, codes = [hidden, F.embedding(first + rows[0], self.tables)], list[Tensor]()
+        talker = self.trainer.model.talker
+        predictor, cache = talker.code_predictor, talker.code_predictor.cache(len(first), hidden)
         temperature = torch.empty(len(first), 1, device=first.device).uniform_(*recipe.OWN_TEMPERATURES)
-        for book, head in enumerate(predictor.lm_head, start=1):
-            x = predictor.small_to_mtp_projection(torch.stack([x.to(hidden.dtype) for x in given], dim=1))
-            logits = head(stack.states(predictor.model, x)[0][:, -1]).float() / temperature
-            codes.append((logits - torch.empty_like(logits).exponential_().log()).argmax(-1))
-            given.append(F.embedding(codes[-1] + rows[book], self.tables))
+
+        def drawn(logits: Tensor) -> Tensor:
+            likely = logits.float() / temperature
+            return (likely - torch.empty_like(likely).exponential_().log()).argmax(-1)
+
+        codes = [drawn(predictor.start(hidden, talker.embed_codec(first), cache))]
+        for book in range(1, predictor.n_residual):
+            codes.append(drawn(predictor.step(book, codes[-1], cache)))
         return torch.stack(codes, 1)
 
     @torch.no_grad()

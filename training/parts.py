@@ -39,8 +39,7 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
     paths = sorted(folder.glob(f"{name}-[0-9].safetensors"))
     if not paths:
         raise FileNotFoundError(f"{folder}/{name}-0.safetensors is missing")
-    state = {key: value for path in paths for key, value in load_file(path).items()}
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    return {key: value for path in paths for key, value in begun(path).items()}
 
 
 def begun(path: Path) -> dict[str, Tensor]:

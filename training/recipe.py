@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quaver.config import CodecConfig, parse
+from quaver.config import CodecConfig, SpeakerConfig, parse
 
 N_CODEBOOKS = 16
 N_CODES = 384
@@ -187,6 +187,11 @@ SPEAKER_ENCODER: dict[str, Any] = {
     "enc_se_channels": 32,
     "sample_rate": 24000,
 }
+
+
+def speaker_config() -> SpeakerConfig:
+    """The small speaker encoder's configuration."""
+    return parse(SpeakerConfig, SPEAKER_ENCODER, "training/recipe.py: SPEAKER_ENCODER")
 
 
 def model_settings(special: dict[str, int], assistant: int) -> dict[str, Any]:

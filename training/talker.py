@@ -214,8 +214,7 @@ class Trainer:
         self.power = self.acoustic(examples.codes[some].long()).var(0).sum()
         assert model.speaker_encoder is not None
         self.encoder = model.speaker_encoder.requires_grad_(False)
-        heard = {id(p) for p in self.encoder.parameters()}
-        self.parameters = [*(p for p in model.parameters() if id(p) not in heard), *self.readout.parameters()]
+        self.parameters = [*(p for p in model.parameters() if p.requires_grad), *self.readout.parameters()]
         self.ema = [p.detach().clone() for p in self.parameters]
         predictor = model.talker.code_predictor
         decoders = (model.talker.model.layers, predictor.model.layers)

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quaver.config import SpeakerConfig, parse
 from quaver.model import speaker
 from quaver.model.speaker import SpeakerEncoder
 from training import parts, quantizer, recipe, rooms, shards
@@ -50,10 +49,10 @@ def manners(encoded: shards.Encoded, books: Tensor, settings: recipe.VoicesRecip
     2000, Speaker verification using adapted Gaussian mixture models).
     """
     device, n_speakers, n_classes = books.device, len(encoded.names), settings.n_classes
-    generator = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with generator:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         means = quantizer.kmeans(books[0], n_classes)
+        axes = torch.linalg.qr(torch.randn(width, width))[0].to(device)
     kind = quantizer.nearest(books[0], means)
     who = encoded.speaker.long().repeat_interleave(encoded.n_frames.long())
     sums = torch.zeros(n_speakers * n_classes, books.shape[2], device=device)
@@ -71,10 +70,8 @@ def manners(encoded: shards.Encoded, books: Tensor, settings: recipe.VoicesRecip
     left, size, _ = torch.linalg.svd(apart - apart.mean(0), full_matrices=False)
     n = min(settings.n_axes, width, len(size))
     scores = left[:, :n] * size[:n] ** settings.loudness
-    torch.manual_seed(settings.seed)
-    axes = torch.linalg.qr(torch.randn(width, n))[0].to(device)
     scores = scores * (n_speakers * width / scores.square().sum()).sqrt()
-    found: Tensor = scores @ axes.T
+    found: Tensor = scores @ axes[:n]
     return found
 
 
@@ -226,12 +223,11 @@ def main() -> None:
     def log(text: str) -> None:
         print(f"voices {time.monotonic() - begun:.0f} s | {text}", flush=True)
 
-    encoded, config = shards.read(args.set), parse(SpeakerConfig, recipe.SPEAKER_ENCODER, "training/recipe.py")
+    encoded, config = shards.read(args.set), recipe.speaker_config()
     books = parts.read(args.latents, "coding")["books"].to(device)
     wanted = manners(encoded, books, settings, config.enc_dim)
     log(f"{len(wanted)} speakers, {len(encoded.codes)} frames")
     references = References(shards.read_references(args.set), device)
-    torch.manual_seed(settings.seed)
     train(Trainer(SpeakerEncoder(config), references, wanted, settings), args.out, log)
 
 

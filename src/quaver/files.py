@@ -19,10 +19,7 @@ def check_new(out: str | Path) -> Path:
     out = Path(out)
     if out.exists():
         raise RecipeError(f"{out} exists already: name a new folder, or remove it first")
-    if not out.parent.is_dir():
-        raise RecipeError(
-            f"the folder {out.parent} does not exist: make it first, or name another place for {out.name}"
-        )
+    _check_parent(out)
     return out
 
 
@@ -55,11 +52,15 @@ def check_output(path: Path | str) -> Path:
     path = Path(path)
     if path.is_dir():
         raise RecipeError(f"{path} is a folder: name a file in it")
+    _check_parent(path)
+    return path
+
+
+def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
         raise RecipeError(
             f"the folder {path.parent} does not exist: make it first, or name another place for {path.name}"
         )
-    return path
 
 
 def write_file(path: Path | str, content: bytes) -> None:
