@@ -10,15 +10,12 @@ from typing import Any
 
 from quaver import ledger
 from quaver.checkpoint import Checkpoint
+from quaver.config import LANGUAGES
 from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_output
 from quaver.provenance import CARD, CODEC, PROVENANCE, UNKNOWN, Origin, Step, licences, model_name
 from quaver.report import Cell, Gate, Metric, Report, Section, Table, number
 
-_LANGUAGES = {
-    "chinese": "zh", "english": "en", "german": "de", "italian": "it", "portuguese": "pt", "spanish": "es",
-    "japanese": "ja", "korean": "ko", "french": "fr", "russian": "ru",
-}  # fmt: skip
 _RELATIONS = {"quantize": "quantized", "blend": "merge"}
 _KINDS = {
     "base": "clones the voice of a recording",
@@ -79,7 +76,7 @@ def _front(checkpoint: Checkpoint) -> Iterator[str]:
     relation = _RELATIONS.get(provenance.steps[-1].tool) if provenance.steps else None
     if relation:
         yield f"base_model_relation: {relation}"
-    languages = [_LANGUAGES[name] for name in config.languages if name in _LANGUAGES]
+    languages = [LANGUAGES[name] for name in config.languages if name in LANGUAGES]
     if languages:
         yield "language:"
         yield from (f"- {_yaml(code)}" for code in languages)

@@ -22,6 +22,12 @@ FRAME_RATE_HZ = 12.5
 SUPPRESSED_IDS = 1024
 """The last 1,024 talker ids are control ids: never sampled, but for the stop id (official generation code)."""
 
+LANGUAGES = {
+    "chinese": "zh", "english": "en", "german": "de", "italian": "it", "portuguese": "pt", "spanish": "es",
+    "japanese": "ja", "korean": "ko", "french": "fr", "russian": "ru",
+}  # fmt: skip
+"""The languages of the published models, by their codes of ISO 639-1."""
+
 # Written by the transformers library into any configuration; they describe its text generation and bookkeeping,
 # never this architecture.
 _INERT = frozenset(
