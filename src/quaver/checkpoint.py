@@ -119,9 +119,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
         return read_tensor(self.specs[name], name)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor's name and value after the edits, in the order of the files, few in memory at a time."""
-        for name, tensor in _stream(self.specs):
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Every tensor's name and value after the edits, in the order of the files, few in memory at a time.
+
+        With ``prefix`` only those whose stored names begin with it are read.
+        """
+        for name, tensor in _stream({name: spec for name, spec in self.specs.items() if name.startswith(prefix)}):
             yield from self._edited(name, tensor, 0)
 
     def codec_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -12,34 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quaver import corpus
+from quaver import corpus, judge, panel
 from quaver.audio import Audio
 from quaver.config import FRAME_RATE_HZ
 from quaver.corpus import Item
 from quaver.engine import MIN_FRAMES
+from quaver.limits import JudgedLimits, Limits
+from quaver.panel import Heard, Pairs
 from quaver.plots import Plot, Series
 from quaver.report import Clip, Gate, Metric, Section, Table, Take, gate
 
 _N_BOOTSTRAP = 1000
 _N_LAST = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How far a candidate may be from its original.
-
-    Divergences in nats a frame, agreement in per cent of the frames, stop changes as probabilities, runaways in per
-    cent of the utterances more than the original's, durations as the largest ratio either way, disk as a ratio.
-    """
-
-    first_kl: float = 0.10
-    residual_kl: float = 0.10
-    first_agreement: float = 85.0
-    residual_agreement: float = 80.0
-    stop_change: float = 0.05
-    runaways: float = 2.0
-    duration: float = 1.10
-    disk: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +46,25 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One model's free-running speech, the first utterances of it as sound, and what its weights take."""
+    """One model's free-running speech, as codes and as sound, what its weights take, and what judges heard."""
 
     name: str
     spoken: Sequence[Item]
     sounds: Sequence[Audio]
     disk_bytes: int
     memory_bytes: int
+    heard: Sequence[Heard] | None = None
+    """None where no judge was asked."""
 
     @property
     def runaways(self) -> float:
         """Per cent of the utterances that ran away."""
-        return 100 * sum(ran_away(item) for item in self.spoken) / len(self.spoken)
+        return 100 * sum(map(ran_away, self.spoken)) / len(self.spoken)
+
+    @property
+    def early_stops(self) -> float:
+        """Per cent of the utterances that stopped before their text can have been said."""
+        return 100 * sum(map(stopped_early, self.spoken)) / len(self.spoken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +75,15 @@ class Comparison:
     original: Side
     candidate: Side
     seed: int
+    n_clips: int = 4
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """What judges heard of both sides; None where none was asked."""
+        if self.original.heard is None or self.candidate.heard is None:
+            return None
+        away = [any(map(ran_away, pair)) for pair in zip(self.original.spoken, self.candidate.spoken, strict=True)]
+        return Pairs(self.original.spoken, self.original.heard, self.candidate.heard, away, self.seed)
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -114,9 +114,22 @@ def ran_away(item: Item) -> bool:
     return len(item.codes) >= corpus.most_frames(item.utterance.text)
 
 
+def stopped_early(item: Item) -> bool:
+    """Whether speech is shorter than its text can be."""
+    return len(item.codes) < corpus.least_frames(item.utterance.text)
+
+
 def figures(found: Comparison, limits: Limits) -> tuple[tuple[Metric, ...], tuple[Gate, ...]]:
-    """The figures of a comparison that no gate holds, and those that gates hold to ``limits``."""
-    gates = (*_forced_gates(found, limits), *_stop_gates(found, limits), *_free_gates(found, limits))
+    """The figures of a comparison that no gate holds, and those that gates hold to ``limits``.
+
+    A limit that is infinite holds nothing: its figure has no gate.
+    """
+    every = [*_forced_gates(found, limits), *_stop_gates(found, limits), *_free_gates(found, limits)]
+    judged = list[Metric]()
+    if found.pairs is not None:
+        judged, judged_gates = panel.figures(found.pairs, limits.judged or JudgedLimits())
+        every += judged_gates
+    free = [one.metric for one in every if math.isinf(one.limit)]
     sizes = [
         Metric(f"{side.name} {where}", n_bytes, "bytes", None, note)
         for side in found.sides
@@ -125,9 +138,11 @@ def figures(found: Comparison, limits: Limits) -> tuple[tuple[Metric, ...], tupl
             ("in memory", side.memory_bytes, "weights as loaded here"),
         )
     ]
-    ratio, interval = _duration_ratio(found)
-    duration = Metric("duration ratio", ratio, "", interval, "free-running, same seeds")
-    return (duration, *sizes), gates
+    durations = []
+    for name, with_runaways in (("duration ratio", False), ("duration ratio, runaways included", True)):
+        ratio, interval = _duration_ratio(found, with_runaways=with_runaways)
+        durations.append(Metric(name, ratio, "", interval, "free-running, same seeds"))
+    return (*durations, *judged, *free, *sizes), tuple(one for one in every if not math.isinf(one.limit))
 
 
 def _forced_gates(found: Comparison, limits: Limits) -> list[Gate]:
@@ -161,25 +176,40 @@ def _stop_gates(found: Comparison, limits: Limits) -> list[Gate]:
 
 
 def _free_gates(found: Comparison, limits: Limits) -> list[Gate]:
-    before, after = (side.runaways for side in found.sides)
-    note = f"{before:.3g} % of the original's utterances, {after:.3g} % of the candidate's"
-    runaways = Metric("runaways more than the original's", after - before, "%", None, note)
+    before, after = found.sides
     ratio, _ = _duration_ratio(found)
     either_way = max(ratio, 1 / ratio) if ratio else math.inf
     disk = found.candidate.disk_bytes / found.original.disk_bytes
     return [
-        gate(runaways, at_most=limits.runaways),
+        gate(_more("runaways", before.runaways, after.runaways), at_most=limits.runaways),
+        gate(_more("early stops", before.early_stops, after.early_stops), at_most=limits.early_stops),
         gate(Metric("duration ratio, longer by shorter", either_way), at_most=limits.duration),
+        gate(_added_silence(found), at_most=limits.leading_silence),
         gate(Metric("disk, candidate by original", disk), at_most=limits.disk),
     ]
 
 
-def _duration_ratio(found: Comparison) -> tuple[float, tuple[float, float] | None]:
-    """The candidate's frames over the original's, where both ended by themselves, and the interval."""
+def _more(what: str, before: float, after: float) -> Metric:
+    return Metric(f"{what} more than the original's", after - before, "%", None, _both(before, after, "%"))
+
+
+def _added_silence(found: Comparison) -> Metric:
+    before, after = ([judge.leading_silence(sound) for sound in side.sounds] for side in found.sides)
+    added = [b - a for a, b in zip(before, after, strict=True)]
+    note = _both(float(np.mean(before)), float(np.mean(after)), "s")
+    return Metric("leading silence added", float(np.mean(added)), "s", judge.interval(added, found.seed), note)
+
+
+def _both(before: float, after: float, unit: str) -> str:
+    return f"original {before:.3g} {unit}, candidate {after:.3g} {unit}"
+
+
+def _duration_ratio(found: Comparison, *, with_runaways: bool = False) -> tuple[float, tuple[float, float] | None]:
+    """The candidate's frames over the original's and the interval; as a rule where both ended by themselves."""
     pairs = [
         (len(theirs.codes), len(ours.codes))
         for ours, theirs in zip(found.original.spoken, found.candidate.spoken, strict=True)
-        if not (ran_away(ours) or ran_away(theirs))
+        if with_runaways or not (ran_away(ours) or ran_away(theirs))
     ]
     if not pairs:
         return math.nan, None
@@ -193,8 +223,14 @@ def _chance_before(stops: np.ndarray) -> float:
 
 
 def sections(found: Comparison, limits: Limits) -> tuple[Section, ...]:
-    """The parts of the report: what to listen to, known speech, stopping, and free speech."""
-    return _listen_section(found), _forced_section(found, limits), _stop_section(found), _free_section(found)
+    """The parts of the report: what to listen to, what judges hear, known speech, stopping, and free speech."""
+    return (
+        _listen_section(found),
+        panel.section(found.pairs),
+        _forced_section(found, limits),
+        _stop_section(found),
+        _free_section(found),
+    )
 
 
 def _forced_section(found: Comparison, limits: Limits) -> Section:
@@ -239,16 +275,19 @@ def _stop_section(found: Comparison) -> Section:
 def _free_section(found: Comparison) -> Section:
     rows, ratios = [], []
     for difference, ours, theirs in zip(found.differences, found.original.spoken, found.candidate.spoken, strict=True):
-        away = [side.name for side, item in zip(found.sides, (ours, theirs), strict=True) if ran_away(item)]
+        ends = [
+            f"{side.name} {end}" for side, item in zip(found.sides, (ours, theirs), strict=True) if (end := _end(item))
+        ]
         said = ours.utterance
-        rows.append((said.text, _who(ours), _seconds(ours), _seconds(theirs), difference.first_kl, ", ".join(away)))
+        rows.append((said.text, _who(ours), _seconds(ours), _seconds(theirs), difference.first_kl, ", ".join(ends)))
         ratios.append(len(theirs.codes) / len(ours.codes))
     lengths = tuple(Series(side.name, tuple(map(_seconds, side.spoken))) for side in found.sides)
-    columns = ("text", "voice", "original, s", "candidate, s", "KL of codebook 0, nats", "ran away")
+    columns = ("text", "voice", "original, s", "candidate, s", "KL of codebook 0, nats", "ended badly")
     return Section(
         "Speaking freely",
         "Each model speaks the same texts with the same seeds. Once one code differs the two go their own ways: single "
-        "lengths differ, their sum should not. Speech that is longer than its text can be has run away.",
+        "lengths differ, their sum should not. Speech that is longer than its text can be has run away, speech that is "
+        "shorter stopped early.",
         (Table("By utterance", columns, tuple(rows)),),
         (
             Plot("histogram", "Length", lengths, "seconds", "utterances"),
@@ -261,14 +300,19 @@ def _free_section(found: Comparison) -> Section:
 
 def _listen_section(found: Comparison) -> Section:
     clips = []
-    for index, sounds in enumerate(zip(found.original.sounds, found.candidate.sounds, strict=True)):
+    heard = list(zip(found.original.sounds, found.candidate.sounds, strict=True))
+    for index, sounds in enumerate(heard[: found.n_clips]):
         said = [side.spoken[index] for side in found.sides]
         takes = tuple(
-            Take(side.name, sound, "ran away" if ran_away(item) else "")
-            for side, sound, item in zip(found.sides, sounds, said, strict=True)
+            Take(side.name, sound, _end(item)) for side, sound, item in zip(found.sides, sounds, said, strict=True)
         )
         clips.append(Clip(f"{said[0].utterance.text} ({_who(said[0])})", takes))
     return Section("Listen", "Spoken freely: the same text, voice and seed.", clips=tuple(clips))
+
+
+def _end(item: Item) -> str:
+    """What is wrong with how speech ended, if anything."""
+    return "ran away" if ran_away(item) else "stopped early" if stopped_early(item) else ""
 
 
 def _seconds(item: Item) -> float:

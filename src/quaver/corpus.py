@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quaver import audio as audio_files
+from quaver.config import FRAME_RATE_HZ
 from quaver.engine import Engine
 from quaver.errors import RecipeError, VoiceError
 from quaver.model.speaker import SAMPLE_RATE_HZ
@@ -33,6 +36,7 @@ Split = Literal["calibration", "held-out"]
 SENTENCES = "sentences.jsonl"
 _HELD_OUT_BYTES = 64
 _BATCH = 64
+_MOST_LETTERS_A_SECOND = 24
 
 INSTRUCTS = (
     "A calm middle-aged woman with a warm, low voice.",
@@ -81,7 +85,8 @@ def builtin(
 
     The texts are the checkpoint's own sentences.jsonl where it has one (a voice that knows only its sentences), else
     those that ship with quaver in the languages of the model. The voices are ``voices``, else the recordings that
-    ship with quaver, the model's presets, or descriptions. Where ``n`` exceeds the texts they return in other voices.
+    ship with quaver, the model's presets, or descriptions. Languages take turns, so that few utterances hear all of
+    them. Where ``n`` exceeds the texts they return in other voices.
     Raises RecipeError when there is no text, VoiceError when there is no voice.
     """
     rows = [row for row in sentences(tts) if split_of(row["text"]) == split]
@@ -90,6 +95,7 @@ def builtin(
             f"{tts.checkpoint.path} knows no language that quaver has {split} sentences for: give recordings"
         )
     random.Random(seed).shuffle(rows)
+    rows = _in_turns(rows)
     speakers = _speakers(tts, voices)
     utterances = []
     for index in range(n):
@@ -100,6 +106,17 @@ def builtin(
         own = speakers.names.get(row.get("voice", ""), place)
         utterances.append(speakers.give(plain, own + n_pass))
     return speak(tts, utterances, progress)
+
+
+def _in_turns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of each language in their order, one of each language after the other."""
+    n_before = Counter[str]()
+    turns = []
+    for row in rows:
+        language = row.get("language", "auto")
+        turns.append(n_before[language])
+        n_before[language] += 1
+    return [rows[index] for index in sorted(range(len(rows)), key=lambda index: (turns[index], index))]
 
 
 def load(tts: TTS, path: str | Path, n: int | None = None, progress: Progress | None = None) -> list[Item]:
@@ -218,3 +235,12 @@ def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None =
 def most_frames(text: str) -> int:
     """A length that speech of ``text`` seldom passes: twice a frame a UTF-8 byte, which fits letters and syllables."""
     return 16 + 2 * len(text.encode())
+
+
+def least_frames(text: str) -> int:
+    """A length that whole speech of ``text`` is seldom under: twice as fast as people speak.
+
+    24 letters and digits a second, an East Asian character (a syllable or more) for 2.5 of them.
+    """
+    letters = [2.5 if unicodedata.east_asian_width(c) in "WF" else 1.0 for c in text if c.isalnum()]
+    return int(FRAME_RATE_HZ * sum(letters) / _MOST_LETTERS_A_SECOND)

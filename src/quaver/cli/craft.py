@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import click
+from click.core import ParameterSource
 
-from quaver import awq, blend, export
+from quaver import awq, blend, export, sweep, validate
 from quaver.checkpoint import Checkpoint
-from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
+from quaver.cli.shell import DTYPES, Progress, cli, json_option, judge_options, judging, model_options
+from quaver.errors import RecipeError
 from quaver.files import check_new
 
 
@@ -55,21 +58,54 @@ def quantize(
 @click.option("--tensors", default="*", show_default=True, metavar="PATTERN", help="Only tensors named like this.")
 @click.option("--method", type=click.Choice(["lerp", "slerp"]), default="lerp", show_default=True)
 @click.option("--force", is_flag=True, help="Blend 10 % and more all the same.")
-@click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not in the model's folder.")
+@click.option(
+    "--sweep", "several", metavar="ALPHA,...",
+    help="Write no model, but validate a blend of each share, such as 0,0.01,0.03,0.05, and write one report to OUT. "
+    "It takes the options of quaver validate.",
+)  # fmt: skip
+@click.option("--samples", type=int, default=32, show_default=True, help="Held-out utterances.")
+@click.option("--seed", type=int, default=1729, show_default=True)
+@judge_options
+@model_options
 @json_option
+@click.pass_context
 def blend_command(
-    source: str, donor: str, out: Path, alpha: float, layers: str | None, tensors: str,
-    method: Literal["lerp", "slerp"], codec: str | None, *, force: bool, as_json: bool,
+    context: click.Context, source: str, donor: str, out: Path, alpha: float, layers: str | None, tensors: str,
+    method: Literal["lerp", "slerp"], several: str | None, samples: int, seed: int, judge: str | None,
+    gates: Path | None, codec: str | None, device: str, dtype: str, *, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Blend a language model's feed-forward weights into the talker of SOURCE."""
     check_new(out)
-    recipe = blend.Recipe(alpha, blend.layer_shares(layers or ""), tensors, method, force)
+    _check_fitting(context, _SINGLY if several else _SWEEPING, "without --sweep" if several else "with --sweep")
+    if several is None:
+        recipe = blend.Recipe(alpha, blend.layer_shares(layers or ""), tensors, method, force)
+        checkpoint = Checkpoint.open(source, codec=codec)
+        made = blend.blend(checkpoint, blend.Donor.open(donor), out, recipe, progress=Progress())
+        if as_json:
+            click.echo(json.dumps(made.to_json()))
+        else:
+            click.echo(f"{out}: {made.summary}", err=True)
+        return
+    alphas = sweep.shares(several)
+    recipe = blend.Recipe(max(alphas), {}, tensors, method, force)
+    limits, judges = judging(judge, gates)
+    how = validate.Recipe(n_samples=samples, seed=seed, limits=limits, judges=judges)
+    place = validate.Place(device, DTYPES[dtype], Progress())
     checkpoint = Checkpoint.open(source, codec=codec)
-    report = blend.blend(checkpoint, blend.Donor.open(donor), out, recipe, progress=Progress())
-    if as_json:
-        click.echo(json.dumps(report.to_json()))
-    else:
-        click.echo(f"{out}: {report.summary}", err=True)
+    report = sweep.sweep(checkpoint, blend.Donor.open(donor), alphas, recipe, how, place)
+    report.save(out)
+    click.echo(report.to_json() if as_json else report.to_markdown())
+
+
+_SINGLY = ("alpha", "layers")
+_SWEEPING = ("samples", "seed", "judge", "gates", "device", "dtype")
+
+
+def _check_fitting(context: click.Context, names: Sequence[str], when: str) -> None:
+    """Raises RecipeError when an option was given that is only for the other way to blend."""
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise RecipeError(f"--{name} is for a blend {when}: leave it out")
 
 
 @cli.command(name="export")

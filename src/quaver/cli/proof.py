@@ -11,7 +11,7 @@ import click
 from quaver import ledger, plan, validate
 from quaver.card import card, check_place
 from quaver.checkpoint import Checkpoint
-from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
+from quaver.cli.shell import DTYPES, Progress, cli, json_option, judge_options, judging, model_options
 from quaver.errors import Damaged
 from quaver.files import check_new, write_file
 from quaver.verify import verify
@@ -26,16 +26,18 @@ from quaver.verify import verify
 @click.option("--samples", type=int, default=32, show_default=True, help="Held-out utterances.")
 @click.option("--seed", type=int, default=1729, show_default=True)
 @click.option("--record", is_flag=True, help="Write the verdict and its figures into CANDIDATE's provenance.json too.")
+@judge_options
 @model_options
 @json_option
 def validate_command(
-    candidate: str, against: str, out: Path | None, samples: int, seed: int, codec: str | None, device: str, dtype: str,
-    *, record: bool, as_json: bool,
+    candidate: str, against: str, out: Path | None, samples: int, seed: int, judge: str | None, gates: Path | None,
+    codec: str | None, device: str, dtype: str, *, record: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare CANDIDATE with its original on held-out speech; exit 1 when a gate fails."""
     if out is not None:
         check_new(out)
-    recipe = validate.Recipe(n_samples=samples, seed=seed)
+    limits, judges = judging(judge, gates)
+    recipe = validate.Recipe(n_samples=samples, seed=seed, limits=limits, judges=judges)
     made, source = Checkpoint.open(candidate, codec=codec), Checkpoint.open(against, codec=codec)
     if record:
         made.check_recordable()

@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import torch
+
+from quaver.errors import RecipeError
+from quaver.judge import Judges
+from quaver.limits import Limits
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +55,31 @@ def model_options(command: F) -> F:
     for option in options:
         command = option(command)
     return command
+
+
+def judge_options(command: F) -> F:
+    """Adds --judge and --gates: see `judging`."""
+    options: tuple[Callable[[F], F], ...] = (
+        click.option(
+            "--judge", metavar="FOLDER|hub",
+            help="Let judges listen (pip install 'quaver[judge]'): their weights from the hub, or a folder with "
+            "whisper-base/ and wespeaker-resnet34.onnx.",
+        ),
+        click.option("--gates", type=click.Path(path_type=Path), help="A TOML file of limits other than the defaults."),
+    )  # fmt: skip
+    for option in options:
+        command = option(command)
+    return command
+
+
+def judging(judge: str | None, gates: Path | None) -> tuple[Limits, Judges | None]:
+    """What --gates and --judge ask for. Raises RecipeError for either, MissingExtra for the judges' packages."""
+    limits = Limits() if gates is None else Limits.read(gates)
+    if judge is None:
+        if limits.judged is not None:
+            raise RecipeError(f"{gates} has gates on what judges hear: name judges with --judge, or leave [judged] out")
+        return limits, None
+    return limits, Judges.find(None if judge == "hub" else Path(judge).expanduser())
 
 
 def json_option(command: F) -> F:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quaver.audio import Audio, resample
 from quaver.config import SpeakerConfig
 from quaver.errors import AudioError, CheckpointError
 
@@ -54,6 +55,15 @@ def _analysis(device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         window = torch.hann_window(N_FFT)
         return window.to(device), torch.from_numpy(mel_filterbank()).to(device)
+
+
+@torch.inference_mode()
+def embed(encoder: SpeakerEncoder, audio: Audio) -> Tensor:
+    """The speaker vector [enc_dim] float32, on the CPU, of ``audio`` at any rate. Raises AudioError when too short."""
+    parameter = next(encoder.parameters())
+    samples = torch.from_numpy(resample(audio, SAMPLE_RATE_HZ).samples)[None].to(parameter.device)
+    vector: Tensor = encoder(mel(samples).to(parameter.dtype))[0]
+    return vector.float().cpu()
 
 
 def mel(samples: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from quaver.voice import Voice
 Layout = Literal["stream", "whole"]
 """How text meets speech: one text token a frame, or the whole text before the first frame."""
 
+_SPEAKER = "speaker_encoder."
 _FLOAT32_ON_CPU_BYTES = 1_000_000_000
 INT4_SUFFIXES = (".qweight", ".qzeros", ".scales")
 
@@ -163,15 +164,13 @@ class TTS:
                 f"{self.checkpoint.path.name} is a {self.config.tts_model_type} model: it cannot clone, Base models can"
             )
         audio_files.require_speech(audio, name)
-        samples = torch.from_numpy(audio_files.resample(audio, speaker_encoder.SAMPLE_RATE_HZ).samples)[None]
-        samples = samples.to(self.device)
-        parameter = next(encoder.parameters())
-        vector = encoder(speaker_encoder.mel(samples).to(parameter.dtype))[0].float().cpu()
+        vector = speaker_encoder.embed(encoder, audio)
         if text is None:
             return Voice(name=name, speaker=vector)
         check_text(text)
         sound = next(self.codec.encoder.parameters())
-        codes = self.codec.encoder.encode(samples.to(sound.dtype))[0].T.cpu()
+        samples = torch.from_numpy(audio_files.resample(audio, speaker_encoder.SAMPLE_RATE_HZ).samples)[None]
+        codes = self.codec.encoder.encode(samples.to(sound.device, sound.dtype))[0].T.cpu()
         return Voice(name=name, speaker=vector, codes=codes, text=text)
 
     def voice(self, source: str | Path, *, text: str | None = None) -> Voice:
@@ -326,6 +325,22 @@ class TTS:
             if isinstance(dialect, str):
                 return config.codec_language_id[dialect]
         return None if language == "auto" else config.codec_language_id[language]
+
+
+def load_speaker_encoder(checkpoint: Checkpoint) -> SpeakerEncoder | None:
+    """The speaker encoder of ``checkpoint`` alone, in float32 on the CPU; None where the model has none.
+
+    Raises CheckpointError for a missing, left-over, mis-shaped or non-finite tensor, by name.
+    """
+    config = checkpoint.config.speaker_encoder_config
+    if not checkpoint.config.has_speaker_encoder or config is None:
+        return None
+    with torch.device("meta"):
+        encoder = SpeakerEncoder(config)
+    stored = checkpoint.tensors(_SPEAKER)
+    tensors = ((name.removeprefix(_SPEAKER), tensor) for name, tensor in stored)
+    _fill(encoder, tensors, str(checkpoint.path), torch.device("cpu"), torch.float32)
+    return encoder.eval()
 
 
 def references() -> dict[str, Path]:
