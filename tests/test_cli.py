@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import soundfile
 
 import toy
-from quaver import audio, cli
+from quaver import audio, cli, judge
 from quaver.audio import Audio
 from quaver.int4 import Int4Linear
 from quaver.model.tts import TTS
@@ -167,6 +168,39 @@ def test_bad_requests(capsys, toy_folder, recording, tmp_path, monkeypatch, argu
     assert len(told.strip().splitlines()) == 1
     assert printed == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gates", "judged.toml"], "judged.toml has gates on what judges hear: name judges with --judge"),
+        (["--gates", "typo.toml"], "typo.toml: first_lk is no limit: there are first_kl"),
+        (["--gates", "none.toml"], "none.toml cannot be read"),
+        (["--judge", "nowhere"], "nowhere/whisper-base is missing: put Systran/faster-whisper-base of the hub there"),
+    ],
+)
+def test_bad_gates_and_judges_cost_no_speech(capsys, toy_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for module in ("faster_whisper", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setattr(judge, "_quality_weights", lambda: tmp_path)
+    (tmp_path / "judged.toml").write_text("[judged]\ncer = 0.1\n")
+    (tmp_path / "typo.toml").write_text("first_lk = 0.1\n")
+    before = sorted(tmp_path.iterdir())
+    code, printed, told = run(capsys, "validate", toy_folder, "--against", toy_folder, "-o", "report", *arguments)
+    assert code == 2 and message in told and printed == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_gates_of_a_file_decide_the_exit_code(capsys, toy_folder, tmp_path):
+    asked = ("validate", toy_folder, "--against", toy_folder, "--samples", "1", "--json", "--gates")
+    (tmp_path / "loose.toml").write_text("stop_change = inf\nduration = inf\n")
+    code, printed, _ = run(capsys, *asked, tmp_path / "loose.toml")
+    assert code == 0 and json.loads(printed)["passed"]
+    assert "duration ratio, longer by shorter" in {row["name"] for row in json.loads(printed)["metrics"]}
+    (tmp_path / "small.toml").write_text("stop_change = inf\nduration = inf\ndisk = 0.9\n")
+    code, printed, told = run(capsys, *asked, tmp_path / "small.toml")
+    assert code == 1 and "disk, candidate by original is 1, at most 0.9 is allowed" in told
 
 
 @pytest.mark.parametrize(

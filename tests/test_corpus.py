@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import toy
 from quaver import audio, corpus
 from quaver.audio import Audio
+from quaver.config import LANGUAGES
 from quaver.engine import Engine
 from quaver.errors import AudioError, RecipeError, VoiceError
 from quaver.model.tts import TTS
@@ -68,7 +69,14 @@ def test_the_shipped_sentences():
     for language in languages:
         splits = Counter(corpus.split_of(row["text"]) for row in rows if row["language"] == language)
         # One in four is held out on the whole; a language without any could be neither calibrated nor validated.
-        assert splits["held-out"] >= 1 and splits["calibration"] >= 4
+        assert splits["held-out"] >= 3 and splits["calibration"] >= 4
+    assert set(languages) == set(LANGUAGES)
+
+
+@pytest.mark.usefixtures("mute")
+def test_languages_take_turns(toy_tts):
+    items = corpus.builtin(toy_tts, 9, split="held-out", voices=voices())
+    assert Counter(item.utterance.language for item in items) == {"chinese": 3, "english": 3, "spanish": 3}
 
 
 def test_the_model_speaks_the_same_codes_for_the_same_seed(own):

@@ -11,10 +11,12 @@ import torch
 
 import toy
 from quaver import corpus
+from quaver.audio import Audio
 from quaver.checkpoint import Checkpoint
-from quaver.comparison import Comparison, Difference, Limits, Side, figures, ran_away, sections
+from quaver.comparison import Comparison, Difference, Side, figures, ran_away, sections, stopped_early
 from quaver.corpus import Item
 from quaver.errors import GateFailed, RecipeError
+from quaver.limits import JudgedLimits, Limits
 from quaver.model.tts import Utterance
 from quaver.provenance import Step
 from quaver.report import Gate, Metric, Report
@@ -145,6 +147,12 @@ def _item(n_frames: int, text: str = "Hello there.") -> Item:
     return Item(Utterance(text), torch.zeros(n_frames, 2, dtype=torch.long))
 
 
+def _sound(lead_s: float, seconds: float = 1.0) -> Audio:
+    samples = np.zeros(round(24000 * seconds), np.float32)
+    samples[round(24000 * lead_s) :] = 0.5
+    return Audio(samples, 24000)
+
+
 def _difference(stops: list[float], candidate: list[float], kl: float = 0.0, agreed: float = 1.0) -> Difference:
     n_frames = np.array([len(stops), len(stops) - 1])
     return Difference(n_frames, kl * n_frames, agreed * n_frames, (np.array(stops), np.array(candidate)))
@@ -152,7 +160,7 @@ def _difference(stops: list[float], candidate: list[float], kl: float = 0.0, agr
 
 def _comparison(differences: list[Difference], lengths: list[tuple[int, int]]) -> Comparison:
     sides = [
-        Side(name, [_item(pair[i]) for pair in lengths], [], size, size)
+        Side(name, [_item(pair[i]) for pair in lengths], [_sound(0.1)] * len(lengths), size, size)
         for i, (name, size) in enumerate((("original", 1000), ("candidate", 400)))
     ]
     return Comparison(differences, *sides, seed=0)
@@ -204,4 +212,46 @@ def test_an_original_that_never_stops_fails_the_gates_that_need_an_end() -> None
         "gained chance to stop before it",
         "duration ratio, longer by shorter",
     }
-    assert "no true end" in sections(found, Limits())[2].text
+    assert "no true end" in sections(found, Limits())[3].text
+
+
+def test_runaways_are_in_one_duration_ratio_and_out_of_the_other() -> None:
+    cap = corpus.most_frames("Hello there.")
+    found = _comparison([_difference([0.0] * 11, [0.0] * 11)] * 2, [(10, 10), (10, cap)])
+    values = _values(*figures(found, Limits()))
+    assert values["duration ratio"] == 1
+    assert values["duration ratio, runaways included"] == (10 + cap) / 20
+
+
+def test_early_stops_and_added_silence_count_against_the_candidate() -> None:
+    least = corpus.least_frames("Hello there.")
+    assert least == int(12.5 * 10 / 24) and stopped_early(_item(least - 1)) and not stopped_early(_item(least))
+    # A Chinese character is said about as fast as two and a half letters.
+    assert corpus.least_frames("你好你好") == int(12.5 * 10 / 24) and corpus.least_frames("?!") == 0
+    found = _comparison([_difference([0.0] * 11, [0.0] * 11)] * 2, [(10, 10), (10, least - 1)])
+    silent = dataclasses.replace(found.candidate, sounds=[_sound(0.5), _sound(0.3)])
+    found = dataclasses.replace(found, candidate=silent)
+    gates = {gate.metric.name: gate for gate in figures(found, Limits(duration=9))[1]}
+    early, lead = gates["early stops more than the original's"], gates["leading silence added"]
+    assert early.metric.value == 50 and not early.passed and "original 0 %, candidate 50 %" in early.metric.note
+    assert lead.metric.value == pytest.approx(0.3) and not lead.passed
+    assert lead.metric.interval == pytest.approx((0.2, 0.4))
+    assert "candidate stopped early" in str(sections(found, Limits())[4].tables[0].rows)
+
+
+def test_an_infinite_limit_is_a_figure_and_no_gate() -> None:
+    found = _comparison([_difference([0.0] * 11, [0.0] * 11)], [(10, 10)])
+    metrics, gates = figures(found, Limits(disk=math.inf))
+    assert "disk, candidate by original" in {metric.name for metric in metrics}
+    assert "disk, candidate by original" not in {gate.metric.name for gate in gates}
+
+
+def test_gates_on_what_nobody_hears_are_refused() -> None:
+    with pytest.raises(RecipeError, match="no judge"):
+        Recipe(limits=Limits(judged=JudgedLimits()))
+
+
+def test_without_judges_the_report_says_so(itself: Report) -> None:
+    assert "Speech was not judged" in itself.summary
+    assert itself.sections[1].title == "Heard by judges" and "--judge" in itself.sections[1].text
+    assert itself.provenance["judges"] == "none"

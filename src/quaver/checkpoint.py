@@ -307,11 +307,11 @@ def read_tensor(spec: Spec, name: str) -> Tensor:
 
 
 def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the order of the files; while one is at work, the next are held against their sums."""
+    """The tensors in the order of the files; while one is at work, the next are held against their sums."""
     with ThreadPoolExecutor(_N_AHEAD) as pool:
         for file in _files(specs):
             with _open(file) as weights:
-                names = weights.offset_keys()
+                names = [name for name in weights.offset_keys() if name in specs]
                 coming = (pool.submit(_checked, specs[name], name, weights.get_tensor(name)) for name in names)
                 ahead = deque(islice(coming, _N_AHEAD))
                 for name in names:

@@ -360,7 +360,8 @@ def _clip_html(clip: Clip) -> str:
         sound = base64.b64encode(audio_files.encode(take.audio, ".flac")).decode()
         note = " · ".join(part for part in (f"{take.audio.seconds:.1f} s", take.note) if part)
         takes.append(
-            f'<div class="take"><span class="key k{index % _N_COLOURS}">{escape(take.label)}</span><small>{escape(note)}</small>'
+            f'<div class="take"><span class="key k{index % _N_COLOURS}">{escape(take.label)}</span>'
+            f"<small>{escape(note)}</small>"
             f'<audio controls preload="metadata" src="data:audio/flac;base64,{sound}"></audio></div>'
         )
     return f'<article><p class="said">{escape(clip.text)}</p><div class="takes">{"".join(takes)}</div></article>'

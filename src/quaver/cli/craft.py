@@ -76,8 +76,8 @@ def blend_command(
 ) -> None:  # fmt: skip
     """Blend a language model's feed-forward weights into the talker of SOURCE."""
     check_new(out)
-    _check_fitting(context, _SINGLY if several else _SWEEPING, "without --sweep" if several else "with --sweep")
     if several is None:
+        _refuse(context, _SWEEPING, "with --sweep")
         recipe = blend.Recipe(alpha, blend.layer_shares(layers or ""), tensors, method, force)
         checkpoint = Checkpoint.open(source, codec=codec)
         made = blend.blend(checkpoint, blend.Donor.open(donor), out, recipe, progress=Progress())
@@ -86,6 +86,7 @@ def blend_command(
         else:
             click.echo(f"{out}: {made.summary}", err=True)
         return
+    _refuse(context, _SINGLY, "without --sweep")
     alphas = sweep.shares(several)
     recipe = blend.Recipe(max(alphas), {}, tensors, method, force)
     limits, judges = judging(judge, gates)
@@ -101,7 +102,7 @@ _SINGLY = ("alpha", "layers")
 _SWEEPING = ("samples", "seed", "judge", "gates", "device", "dtype")
 
 
-def _check_fitting(context: click.Context, names: Sequence[str], when: str) -> None:
+def _refuse(context: click.Context, names: Sequence[str], when: str) -> None:
     """Raises RecipeError when an option was given that is only for the other way to blend."""
     for name in names:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
