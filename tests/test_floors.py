@@ -25,7 +25,10 @@ FLOORS = (
         "export",
         "comparison",
         "validate",
+        "sweep",
         "judge",
+        "panel",
+        "limits",
     ),
     ("demo", "cli", "__main__"),
 )

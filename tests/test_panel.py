@@ -142,7 +142,7 @@ def test_what_cannot_be_asked_has_no_gate_and_is_named() -> None:
     pairs = _pairs([wordless] * 2, [wordless] * 2, text="你好。", language="chinese")
     assert set(_gates(pairs)) == {"character errors added", "sound quality lost, DNSMOS"}
     text = panel.section(pairs).text
-    assert "Chinese has no spaces between words" in text and "clones no voices" in text
+    assert "Written without spaces: Chinese." in text and "clones no voices" in text
     named = dataclasses.replace(RIGHT, similarity=None)
     assert "No recording of the voices" in panel.section(_pairs([named], [named])).text
 

@@ -25,13 +25,18 @@ from quaver.limits import JudgedLimits
 from quaver.model import speaker
 from quaver.model.tts import load_speaker_encoder, references
 from quaver.plots import Plot, Series
-from quaver.report import Gate, Metric, Section, Table, gate
+from quaver.report import Cell, Gate, Metric, Section, Table, gate
 
 Figure = Literal["cer", "wer", "own_similarity", "similarity", "quality"]
 """Named as in Heard, and as the limit in JudgedLimits."""
 
+UNJUDGED = "Speech was not judged: whether it is understood, whose voice it is and how it sounds was not asked."
+
 _STRANGERS = 0.0
 """The similarity of a sound without a voice to any."""
+
+_ERRORS: tuple[Figure, ...] = ("cer", "wer")
+_PLOTTED: tuple[Figure, ...] = ("cer", "quality", "similarity", "own_similarity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +227,8 @@ def section(pairs: Pairs | None) -> Section:
         f"quality 1. {n_away} of {len(pairs.items)} pairs have a runaway; the gates count them.",
         *_missing(pairs),
     ]
-    shown: tuple[Figure, ...] = ("cer", "quality", "similarity", "own_similarity")
-    plots = tuple(_histogram(pairs, which) for which in shown if len(pairs.values(which)[0]))
+    plots = tuple(_histogram(pairs, which) for which in _PLOTTED if len(pairs.values(which)[0]))
     return Section(title, " ".join(text), (_summary(pairs), *_by_language(pairs), _by_utterance(pairs)), plots)
-
-
-UNJUDGED = "Speech was not judged: whether it is understood, whose voice it is and how it sounds was not asked."
 
 
 def _missing(pairs: Pairs) -> Iterator[str]:
@@ -239,26 +240,21 @@ def _missing(pairs: Pairs) -> Iterator[str]:
     wordless = sorted({item.utterance.language.lower() for item in pairs.items} & judge.WORDLESS)
     if wordless:
         names = " and ".join(name.capitalize() for name in wordless)
-        yield f"{names} has no spaces between words: word errors mean nothing there and are left out."
+        yield f"Written without spaces: {names}. Word errors mean nothing there and are left out."
 
 
 def _summary(pairs: Pairs) -> Table:
     """Every figure with the runaways and without them."""
-    rows = []
+    rows = list[tuple[Cell, ...]]()
     for which, kind in _KINDS.items():
         for name, kept in (("all", pairs), ("without runaways", pairs.calm)):
             before, after = kept.values(which)
             if len(before):
-                low, high = judge.interval((after - before).tolist(), pairs.seed)
-                difference = float((after - before).mean())
-                rows.append((kind.name, name, len(before), before.mean(), after.mean(), difference, low, high))
+                means = (float(side.mean()) for side in (before, after, after - before))
+                ends = judge.interval((after - before).tolist(), pairs.seed)
+                rows.append((kind.name, name, len(before), *means, *ends))
     columns = ("figure", "utterances", "pairs", "original", "candidate", "difference", "from", "to")
-    return Table("In pairs, 95 % bootstrap intervals of the difference", columns, tuple(map(_plain, rows)))
-
-
-def _plain(row: Sequence[str | int | float]) -> tuple[str | int | float, ...]:
-    """The row with NumPy's floats as Python's."""
-    return tuple(float(cell) if isinstance(cell, float) else cell for cell in row)
+    return Table("In pairs, 95 % bootstrap intervals of the difference", columns, tuple(rows))
 
 
 def _by_language(pairs: Pairs) -> Iterator[Table]:
@@ -273,9 +269,6 @@ def _by_language(pairs: Pairs) -> Iterator[Table]:
         rows.append((language, len(some.items), *means))
     columns = ("language", "utterances", "CER, original", "CER, candidate", "WER, original", "WER, candidate")
     yield Table("By language", columns, tuple(rows))
-
-
-_ERRORS: tuple[Figure, ...] = ("cer", "wer")
 
 
 def _by_utterance(pairs: Pairs) -> Table:
