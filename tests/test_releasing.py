@@ -37,7 +37,7 @@ def _run(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     return 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "src" / "quaver").mkdir(parents=True)
     shutil.copytree(Path(quaver.__file__).parent / "voices", tmp_path / "src" / "quaver" / "voices")

@@ -2,12 +2,17 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+import toy
+from quaver.audio import Audio
+from quaver.checkpoint import Checkpoint
 from quaver.config import SpeakerConfig
 from quaver.errors import AudioError, CheckpointError
 from quaver.model.speaker import SpeakerEncoder, _analysis, mel, mel_filterbank
+from quaver.model.tts import load_speaker_encoder
 
 TINY = SpeakerConfig(enc_dim=32, enc_channels=(16, 16, 16, 16, 48), enc_attention_channels=8, enc_se_channels=8)
 
@@ -72,3 +77,12 @@ def test_the_shortest_accepted_speech_gives_a_vector() -> None:
 def test_widths_that_do_not_fit_are_named(change: dict, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         SpeakerEncoder(dataclasses.replace(TINY, **change))
+
+
+def test_the_encoder_opens_alone_and_hears_what_the_whole_model_hears(toy_folder, toy_tts, tmp_path) -> None:
+    alone = load_speaker_encoder(Checkpoint.open(toy_folder))
+    sound = Audio(np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32), 16000)
+    voice = toy_tts.enroll(sound)
+    torch.testing.assert_close(alone.vector(sound), voice.speaker)
+    assert alone.vector(sound).shape == (128,) and not alone.training
+    assert load_speaker_encoder(Checkpoint.open(toy.checkpoint(tmp_path / "custom", "custom_voice"))) is None

@@ -22,7 +22,6 @@ from quaver.config import LANGUAGES
 from quaver.corpus import Item, Progress
 from quaver.judge import Judges
 from quaver.limits import JudgedLimits
-from quaver.model import speaker
 from quaver.model.tts import load_speaker_encoder, references
 from quaver.plots import Plot, Series
 from quaver.report import Cell, Gate, Metric, Section, Table, gate
@@ -185,7 +184,7 @@ class Panel:
             return None
         if sound is None:
             return _STRANGERS
-        ours = speaker.embed(self._encoder, sound)
+        ours = self._encoder.vector(sound)
         return float(torch.nn.functional.cosine_similarity(ours, asked.speaker.float(), dim=0))
 
 

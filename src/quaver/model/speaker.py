@@ -57,15 +57,6 @@ def _analysis(device: torch.device) -> tuple[Tensor, Tensor]:
         return window.to(device), torch.from_numpy(mel_filterbank()).to(device)
 
 
-@torch.inference_mode()
-def embed(encoder: SpeakerEncoder, audio: Audio) -> Tensor:
-    """The speaker vector [enc_dim] float32, on the CPU, of ``audio`` at any rate. Raises AudioError when too short."""
-    parameter = next(encoder.parameters())
-    samples = torch.from_numpy(resample(audio, SAMPLE_RATE_HZ).samples)[None].to(parameter.device)
-    vector: Tensor = encoder(mel(samples).to(parameter.dtype))[0]
-    return vector.float().cpu()
-
-
 def mel(samples: Tensor) -> Tensor:
     """Log-mel frames [B, T, 128] float32 of 24 kHz ``samples`` [B, N] in -1..1; T = N // 256.
 
@@ -125,6 +116,14 @@ class SpeakerEncoder(nn.Module):
         """Speaker vectors [B, enc_dim] of 24 kHz ``samples`` [B, N] in -1..1. Raises AudioError when too short."""
         vectors: Tensor = self(mel(samples))
         return vectors
+
+    @torch.inference_mode()
+    def vector(self, audio: Audio) -> Tensor:
+        """The speaker vector [enc_dim], float32 on the CPU, of a sound at any rate. Raises AudioError when too short."""
+        weight = self.fc.weight
+        samples = torch.from_numpy(resample(audio, SAMPLE_RATE_HZ).samples)[None].to(weight.device)
+        found: Tensor = self(mel(samples).to(weight.dtype))[0]
+        return found.float().cpu()
 
 
 class _TimeDelay(nn.Module):

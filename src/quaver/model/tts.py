@@ -164,7 +164,7 @@ class TTS:
                 f"{self.checkpoint.path.name} is a {self.config.tts_model_type} model: it cannot clone, Base models can"
             )
         audio_files.require_speech(audio, name)
-        vector = speaker_encoder.embed(encoder, audio)
+        vector = encoder.vector(audio)
         if text is None:
             return Voice(name=name, speaker=vector)
         check_text(text)
