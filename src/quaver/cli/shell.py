@@ -65,7 +65,7 @@ def judge_options(command: F) -> F:
             help="Let judges listen (pip install 'quaver[judge]'): their weights from the hub, or a folder with "
             "whisper-base/ and wespeaker-resnet34.onnx.",
         ),
-        click.option("--gates", type=click.Path(path_type=Path), help="A TOML file of other limits (docs/RELEASING.md)."),
+        click.option("--gates", type=click.Path(path_type=Path), help="A TOML file of limits (docs/RELEASING.md)."),
     )  # fmt: skip
     for option in options:
         command = option(command)

@@ -119,7 +119,7 @@ class SpeakerEncoder(nn.Module):
 
     @torch.inference_mode()
     def vector(self, audio: Audio) -> Tensor:
-        """The speaker vector [enc_dim], float32 on the CPU, of a sound at any rate. Raises AudioError when too short."""
+        """The speaker vector [enc_dim], float32 on the CPU, of any sound. Raises AudioError when too short."""
         weight = self.fc.weight
         samples = torch.from_numpy(resample(audio, SAMPLE_RATE_HZ).samples)[None].to(weight.device)
         found: Tensor = self(mel(samples).to(weight.dtype))[0]
