@@ -30,6 +30,8 @@ from quaver.panel import UNJUDGED, Panel
 from quaver.report import Report
 
 _BATCH = 8
+_ASKED = ("utterances", "computed on", "judges", "versions")
+"""What a report's provenance tells of how it was made; the rest tells of the two models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def record(candidate: Checkpoint, source: Checkpoint, report: Report) -> Checkpo
             "verdict": report.verdict,
             "against": [asdict(origin) for origin in source.origins()],
             **{key: told[key] for key in ("passed", "summary", "gates", "metrics")},
-            "asked": {key: report.provenance[key] for key in ("utterances", "computed on", "judges", "versions")},
+            "asked": {key: value for key, value in report.provenance.items() if key in _ASKED},
         }
     )
 
