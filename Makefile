@@ -29,7 +29,7 @@ interop: .venv-interop/installed
 	touch $@
 
 .venv/oracle: .venv/installed constraints/oracle.txt
-	$(PIP) -e '.[dev,judge]' -r constraints/oracle.txt
+	$(PIP) -e '.[dev]' -r constraints/oracle.txt
 	$(PIP) --no-deps qwen-tts==0.1.1
 	touch $@
 
