@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ import toy
 from quaver.model.tts import TTS
 
 torch.set_num_threads(1)
+# Without a GPU the kernels run in Triton's interpreter, which must be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,15 +18,13 @@ from torch import Tensor
 from quaver.audio import Audio
 from quaver.errors import RecipeError
 from quaver.model.tts import TTS, Prompt, Utterance
-from quaver.sampling import Sampling, distribution, draw, uniforms
+from quaver.sampling import ENDED, MIN_FRAMES, Sampling, distribution, draw, uniforms
 from quaver.text import split_sentences
 
-MIN_FRAMES = 2
-"""No utterance stops before this many frames (official generation code)."""
+if TYPE_CHECKING:
+    from quaver.frame import Frame, Weights
 
 FinishReason = Literal["stop", "length"]
-ENDED = -1
-"""The code of a row that has stopped."""
 
 _GAP_S = 0.12
 _FADE_S = 0.005
@@ -68,11 +67,112 @@ class Speech:
         return self.audio.seconds / self.wall_s
 
 
-class Engine:
-    """Speaks with one model."""
+class Batch(Protocol):
+    """Utterances that decode side by side, one row each."""
 
-    def __init__(self, tts: TTS) -> None:
+    def step(self) -> Tensor | None:
+        """The next frame's codes [B, Q], ENDED in stopped rows; None once every row has stopped."""
+
+
+class Rows:
+    """A Batch in plain PyTorch, on any device: the reference for every other."""
+
+    def __init__(self, tts: TTS, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs) -> None:
+        self._tts, self._prompts, self._knobs = tts, prompts, knobs
+        n_rows = len(prompts)
+        self._seed = torch.tensor(seeds, dtype=torch.long, device=tts.device)
+        self._seen = torch.zeros(n_rows, tts.config.talker_config.vocab_size, dtype=torch.bool, device=tts.device)
+        self._alive = torch.ones(n_rows, dtype=torch.bool, device=tts.device)
+        self._banned, self._banned_early = tts.suppressed(stop_too=False), tts.suppressed(stop_too=True)
+        lengths = torch.tensor([len(p.embeds) for p in prompts], device=tts.device)
+        embeds = torch.nn.utils.rnn.pad_sequence([p.embeds for p in prompts], batch_first=True)
+        self._cache = tts.talker.cache(n_rows, embeds.shape[1] + knobs.max_frames, embeds)
+        hidden = tts.talker.hidden(embeds, self._cache, lengths)
+        self._hidden = hidden[torch.arange(n_rows, device=tts.device), lengths - 1]
+        self._small_cache = tts.talker.code_predictor.cache(n_rows, embeds)
+        self._frame = 0
+        self._codes: Tensor | None = None
+
+    def step(self) -> Tensor | None:
+        """See Batch."""
+        tts, knobs = self._tts, self._knobs
+        talker, predictor = tts.talker, tts.talker.code_predictor
+        n_codebooks = tts.config.talker_config.num_code_groups
+        # The talker hears a frame only when the next one is asked for: the last frame of all is never heard.
+        if self._codes is not None:
+            text = torch.stack([prompt.text_at(self._frame - 1) for prompt in self._prompts])
+            x = talker.embed_frames(self._codes) + text
+            self._hidden = talker.hidden(x[:, None], self._cache)[:, 0]
+        uniform = uniforms(self._seed, self._frame, n_codebooks)
+        probs, ids = distribution(
+            talker.codec_head(self._hidden),
+            knobs.sampling,
+            banned=self._banned_early if self._frame < MIN_FRAMES else self._banned,
+            seen=self._seen,
+        )
+        first = draw(probs, ids, uniform[:, 0])
+        self._alive = self._alive & (first != tts.config.talker_config.codec_eos_token_id)
+        if not bool(self._alive.any()):
+            return None
+        self._seen.scatter_(1, first[:, None], True)
+        # A stopped row goes on in the batch with any code: nobody reads it.
+        codes = [torch.where(self._alive, first, 0)]
+        logits = predictor.start(self._hidden, talker.embed_codec(codes[0]), self._small_cache)
+        for codebook in range(1, n_codebooks):
+            codes.append(draw(*distribution(logits, knobs.residual), uniform[:, codebook]))
+            if codebook < n_codebooks - 1:
+                logits = predictor.step(codebook, codes[-1], self._small_cache)
+        self._codes = torch.stack(codes, dim=1)
+        self._frame += 1
+        return torch.where(self._alive[:, None], self._codes, ENDED)
+
+
+class Graphed:
+    """A Batch of which each step is one graph on the GPU; the host looks on one frame late."""
+
+    def __init__(self, frame: Frame, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs) -> None:
+        self._frame, self._n_rows = frame, len(prompts)
+        for slot, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            frame.join(slot, prompt, seed, knobs.sampling, knobs.residual)
+        self._n_asked, self._n_frames = 0, knobs.max_frames
+        on_gpu = frame.slots.alive.is_cuda
+        self._alive = torch.zeros(knobs.max_frames, self._n_rows, dtype=torch.int32, pin_memory=on_gpu)
+        self._events: list[torch.cuda.Event | None] = []
+
+    def step(self) -> Tensor | None:
+        """See Batch."""
+        index = self._n_asked
+        self._n_asked += 1
+        # The GPU works on the frame after the one that is waited for.
+        while len(self._events) < min(index + 2, self._n_frames):
+            self._ask()
+        event = self._events[index]
+        if event is not None:
+            event.synchronize()
+        if not bool(self._alive[index].any()):
+            return None
+        return self._frame.slots.codes[index, : self._n_rows].long()
+
+    def _ask(self) -> None:
+        self._frame.step()
+        self._alive[len(self._events)].copy_(self._frame.slots.alive[: self._n_rows], non_blocking=True)
+        event = torch.cuda.Event() if self._alive.is_pinned() else None  # type: ignore[no-untyped-call]
+        if event is not None:
+            event.record()
+        self._events.append(event)
+
+
+class Engine:
+    """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
+
+    ``graphs`` False keeps to plain PyTorch there too.
+    """
+
+    def __init__(self, tts: TTS, *, graphs: bool = True) -> None:
         self.tts = tts
+        self._graphs = graphs and tts.device.type == "cuda" and find_spec("triton") is not None
+        self._weights: Weights | None = None
+        self._idle: list[Frame] = []
 
     @property
     def knobs(self) -> Knobs:
@@ -87,48 +187,38 @@ class Engine:
         A row's codes depend on its own prompt and seed alone, whoever shares the batch (but for float rounding).
         A row that never has ENDED when the iterator is done was cut at ``max_frames``.
         """
-        tts, knobs = self.tts, knobs or self.knobs
-        talker, predictor = tts.talker, tts.talker.code_predictor
-        n_rows, n_codebooks = len(prompts), tts.config.talker_config.num_code_groups
-        stop_id = tts.config.talker_config.codec_eos_token_id
-        banned, banned_early = tts.suppressed(stop_too=False), tts.suppressed(stop_too=True)
-        seed = torch.tensor(seeds, dtype=torch.long, device=tts.device)
-        seen = torch.zeros(n_rows, tts.config.talker_config.vocab_size, dtype=torch.bool, device=tts.device)
-        alive = torch.ones(n_rows, dtype=torch.bool, device=tts.device)
-
-        lengths = torch.tensor([len(p.embeds) for p in prompts], device=tts.device)
-        embeds = torch.nn.utils.rnn.pad_sequence([p.embeds for p in prompts], batch_first=True)
-        cache = talker.cache(n_rows, embeds.shape[1] + knobs.max_frames, embeds)
-        hidden = talker.hidden(embeds, cache, lengths)
-        hidden = hidden[torch.arange(n_rows, device=tts.device), lengths - 1]
-        small_cache = predictor.cache(n_rows, embeds)
-
-        for frame in range(knobs.max_frames):
-            uniform = uniforms(seed, frame, n_codebooks)
-            probs, ids = distribution(
-                talker.codec_head(hidden),
-                knobs.sampling,
-                banned=banned_early if frame < MIN_FRAMES else banned,
-                seen=seen,
+        knobs = knobs or self.knobs
+        frame = self._frame(prompts, knobs) if self._graphs else None
+        try:
+            batch: Batch = (
+                Rows(self.tts, prompts, seeds, knobs) if frame is None else Graphed(frame, prompts, seeds, knobs)
             )
-            first = draw(probs, ids, uniform[:, 0])
-            alive = alive & (first != stop_id)
-            if not bool(alive.any()):
-                return
-            seen.scatter_(1, first[:, None], True)
-            # A stopped row goes on in the batch with any code: nobody reads it.
-            codes = [torch.where(alive, first, 0)]
-            embedded = talker.embed_codec(codes[0])
-            logits = predictor.start(hidden, embedded, small_cache)
-            for codebook in range(1, n_codebooks):
-                codes.append(draw(*distribution(logits, knobs.residual), uniform[:, codebook]))
-                if codebook < n_codebooks - 1:
-                    logits = predictor.step(codebook, codes[-1], small_cache)
-            stacked = torch.stack(codes, dim=1)
-            yield torch.where(alive[:, None], stacked, ENDED)
-            text = torch.stack([prompt.text_at(frame) for prompt in prompts])
-            x = embedded + predictor.embed(stacked[:, 1:]) + text
-            hidden = talker.hidden(x[:, None], cache)[:, 0]
+            for _ in range(knobs.max_frames):
+                codes = batch.step()
+                if codes is None:
+                    return
+                yield codes
+        finally:
+            if frame is not None:
+                self._idle.append(frame)
+
+    def _frame(self, prompts: Sequence[Prompt], knobs: Knobs) -> Frame:
+        """An idle frame of one slot a prompt, with room for them; one is built where none fits.
+
+        Sizes are rounded up to powers of two, so that few are built; one that became too small is let go.
+        """
+        from quaver.frame import Frame, Weights
+
+        n_positions = max(len(prompt.embeds) for prompt in prompts) + knobs.max_frames
+        n_lines = min(max(len(prompt.tail) for prompt in prompts), knobs.max_frames)
+        same = [frame for frame in self._idle if frame.n_slots == len(prompts)]
+        for frame in same:
+            self._idle.remove(frame)
+            if frame.capacity >= n_positions and frame.n_lines >= n_lines:
+                return frame
+        if self._weights is None:
+            self._weights = Weights(self.tts)
+        return Frame(self._weights, len(prompts), _power_of_two(n_positions), _power_of_two(n_lines))
 
     def codes(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> list[Tensor]:
         """Whole utterances: for each prompt its frames [T, Q]."""
@@ -213,3 +303,8 @@ class Engine:
             first_audio_s=first_audio_s,
             wall_s=time.perf_counter() - start,
         )
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two from 64 on that is ``n`` or more."""
+    return max(64, 1 << (n - 1).bit_length())
