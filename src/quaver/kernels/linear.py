@@ -277,7 +277,8 @@ def _tile(weight, scales, zeros, rows, n_rows, start, K: tl.constexpr, INT4: tl.
     return tile
 
 
-@triton.jit
+# One compilation serves every batch of a block size.
+@triton.jit(do_not_specialize=["n_lines"])
 def _some_rows(
     x, gain, weight, scales, zeros, bias, residual, y, n_lines, n_out, eps,
     K: tl.constexpr, INT4: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,

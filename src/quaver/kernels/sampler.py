@@ -129,7 +129,7 @@ def _uniform(seed, frame, codebook):
     x = _mix(low ^ 0x9E3779B9)
     x = _mix(x ^ high)
     x = _mix(x ^ ((none + frame.to(tl.uint32)) * 0x85EBCA6B))
-    x = _mix(x ^ ((none + codebook.to(tl.uint32)) * 0xC2B2AE35))
+    x = _mix(x ^ ((none + codebook) * 0xC2B2AE35))
     return tl.sum(((x >> 8).to(tl.float32) + 0.5) / 16777216.0, 0)
 
 
