@@ -137,29 +137,29 @@ class Graphed:
         self._n_asked, self._n_frames = 0, knobs.max_frames
         on_gpu = frame.slots.alive.is_cuda
         self._alive = torch.zeros(knobs.max_frames, self._n_rows, dtype=torch.int32, pin_memory=on_gpu)
-        self._events: list[torch.cuda.Event | None] = []
+        self._asked: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def step(self) -> Tensor | None:
         """See Batch."""
         index = self._n_asked
         self._n_asked += 1
         # The GPU works on the frame after the one that is waited for.
-        while len(self._events) < min(index + 2, self._n_frames):
+        while len(self._asked) < min(index + 2, self._n_frames):
             self._ask()
-        event = self._events[index]
+        codes, event = self._asked[index]
         if event is not None:
             event.synchronize()
-        if not bool(self._alive[index].any()):
-            return None
-        return self._frame.slots.codes[index, : self._n_rows].long()
+        return codes if bool(self._alive[index].any()) else None
 
     def _ask(self) -> None:
+        index, slots = len(self._asked), self._frame.slots
         self._frame.step()
-        self._alive[len(self._events)].copy_(self._frame.slots.alive[: self._n_rows], non_blocking=True)
+        codes = slots.codes[index, : self._n_rows].long()
+        self._alive[index].copy_(slots.alive[: self._n_rows], non_blocking=True)
         event = torch.cuda.Event() if self._alive.is_pinned() else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        self._events.append(event)
+        self._asked.append((codes, event))
 
 
 class Engine:
