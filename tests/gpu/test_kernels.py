@@ -156,7 +156,7 @@ def test_codes_are_those_of_the_reference(n_ids, knobs):
     n_slots, width, stop_id = 5, 24, n_ids - 15
     seeds = torch.tensor([0, 1729, -1, 2**40 + 7, -(2**50)])
     n_wrong = 0
-    for frame in range(4):
+    for frame in (1, 2):
         logits = torch.randn(n_slots, n_ids) * 2
         table, narrow = torch.randn(n_ids, width), torch.randn(n_ids, 16)
         slots = Slots.of(n_slots, 8, 4, n_ids, 16, table.to(DEVICE))
