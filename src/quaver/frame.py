@@ -15,6 +15,7 @@ from quaver.config import SUPPRESSED_IDS, DecoderConfig
 from quaver.int4 import Int4Linear
 from quaver.kernels.attention import Heads, Splits, attend
 from quaver.kernels.linear import Matrix, linear
+from quaver.kernels.persistent import MOST_SLOTS, Persistent, pointers
 from quaver.kernels.sampler import Slots, sample_first, sample_residual
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.tts import TTS, Prompt
@@ -231,6 +232,80 @@ class Frame:
             )  # fmt: skip
         self._talker.run(self._embedded, slots.past, on)
         self._hidden.copy_(weights.tts.talker.model.norm(self._embedded))
+
+
+def persistent(frame: Frame) -> Persistent | None:
+    """The kernel that does all of ``frame``'s step at once; None where the model's shapes or its storage do not fit."""
+    weights, slots = frame.weights, frame.slots
+    tts = weights.tts
+    config = tts.config.talker_config
+    small = config.code_predictor_config
+    stacks = (frame._talker, frame._predictor)
+    kinds = [
+        {getattr(layer, name).lanes is not None for layer in stack.layers for name in ("qkv", "o", "gate_up", "down")}
+        for stack in stacks
+    ]
+    if frame.n_slots > MOST_SLOTS or any(len(kind) > 1 for kind in kinds) or slots.texts.dtype != torch.bfloat16:
+        return None
+    wide, device, n = weights.tables[0], weights.tables[0].device, frame.n_slots
+    stream = [
+        weights.codec_head,
+        *([] if weights.projection is None else [weights.projection]),
+        *(getattr(layer, name) for layer in weights.predictor for name in ("qkv", "o", "gate_up", "down")),
+        *weights.heads,
+        *(getattr(layer, name) for layer in weights.talker for name in ("qkv", "o", "gate_up", "down")),
+    ]
+    gains = [
+        (layer.before_attention, layer.query_gain, layer.key_gain, layer.before_mlp)
+        for layer in (*weights.predictor, *weights.talker)
+    ]
+    bias = None if weights.projection is None else weights.projection.bias
+    parts = wide.new_zeros(n, config.num_attention_heads, 16, config.head_dim, dtype=torch.float32)
+
+    def row(width: int, rows: int = 2 * n) -> Tensor:
+        return wide.new_zeros(rows * width)
+
+    def heads_width(of: DecoderConfig) -> int:
+        return (of.num_attention_heads + 2 * of.num_key_value_heads) * of.head_dim
+
+    tensors = {
+        "stream": pointers(
+            [(m.lanes.packed, m.lanes.scales, m.lanes.zeros) if m.lanes is not None else (m.dense, None, None) for m in stream], device
+        ),
+        "gains": pointers(gains, device),
+        "small_norm": tts.talker.code_predictor.model.norm.weight,
+        "last_norm": tts.talker.model.norm.weight,
+        "projection_bias": wide if bias is None else bias,
+        "tables": pointers([weights.tables], device),
+        "projected": pointers([weights.projected], device),
+        "keys": stacks[0].keys, "values": stacks[0].values,
+        "small_keys": stacks[1].keys, "small_values": stacks[1].values,
+        "cos": stacks[0].cos, "sin": stacks[0].sin, "small_cos": stacks[1].cos, "small_sin": stacks[1].sin,
+        "seed": slots.seed, "frame": slots.frame, "past": slots.past, "prompt": slots.prompt, "n_text": slots.n_text,
+        "alive": slots.alive, "seen": slots.seen, "first": slots.first, "residual": slots.residual,
+        "texts": slots.texts, "codes": slots.codes, "stops": wide.new_zeros(frame.capacity, n, dtype=torch.float32),
+        "hidden": frame._hidden,
+        "x": row(max(config.hidden_size, small.hidden_size)),
+        "qkv": row(max(heads_width(config), heads_width(small))),
+        "inner": row(max(config.intermediate_size, small.intermediate_size)),
+        "logits": row(max(config.vocab_size, small.vocab_size)), "pair": row(small.hidden_size),
+        "parts": parts, "part_peaks": parts[..., 0].contiguous(), "part_weights": parts[..., 0].contiguous(),
+        "arrivals": torch.zeros(1, dtype=torch.int64, device=device),
+    }  # fmt: skip
+    shapes = {
+        "SLOTS": n, "D": config.hidden_size, "I": config.intermediate_size, "H": config.num_attention_heads,
+        "G": config.num_key_value_heads, "L": config.num_hidden_layers, "E": small.hidden_size,
+        "J": small.intermediate_size, "PH": small.num_attention_heads, "PG": small.num_key_value_heads,
+        "PL": small.num_hidden_layers, "V": config.vocab_size, "W": small.vocab_size, "Q": config.num_code_groups,
+        "CAPACITY": frame.capacity, "LINES": frame.n_lines,
+        "TALKER_INT4": kinds[0] == {True}, "PREDICTOR_INT4": kinds[1] == {True},
+        "PROJECTED": weights.projection is not None,
+    }  # fmt: skip
+    numbers = {
+        "eps": config.rms_norm_eps, "small_eps": small.rms_norm_eps, "stop_id": config.codec_eos_token_id,
+        "n_banned": SUPPRESSED_IDS,
+    }  # fmt: skip
+    return Persistent(shapes, tensors, numbers)
 
 
 def _layers(decoder: Decoder) -> list[DecoderLayer]:
