@@ -44,4 +44,9 @@ for kind in kinds:
                 for _ in range(150): step()
                 e1.record(); torch.cuda.synchronize()
                 print(kind,b,name,way,round(e0.elapsed_time(e1)/150,4),"ms",flush=True)
+        if len(sys.argv)>5:
+            k=persistent(f,1)
+            for _ in range(3): k()
+            torch.cuda.synchronize()
+            json.dump(k._tensors["trace"].tolist(),open(f"{sys.argv[5]}/trace-{kind}-{b}.json","w"))
     del w,tts,f,k

@@ -15,7 +15,7 @@ from quaver.config import SUPPRESSED_IDS, DecoderConfig
 from quaver.int4 import Int4Linear
 from quaver.kernels.attention import Heads, Splits, attend
 from quaver.kernels.linear import Matrix, linear
-from quaver.kernels.persistent import MOST_SLOTS, Persistent, pointers
+from quaver.kernels.persistent import MOST_SLOTS, MOST_SPLITS, Persistent, pointers
 from quaver.kernels.sampler import Slots, sample_first, sample_residual
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.tts import TTS, Prompt
@@ -234,7 +234,7 @@ class Frame:
         self._hidden.copy_(weights.tts.talker.model.norm(self._embedded))
 
 
-def persistent(frame: Frame) -> Persistent | None:
+def persistent(frame: Frame, traced: int = 0) -> Persistent | None:
     """The kernel that does all of ``frame``'s step at once; None where the model's shapes or its storage do not fit."""
     weights, slots = frame.weights, frame.slots
     tts = weights.tts
@@ -260,10 +260,9 @@ def persistent(frame: Frame) -> Persistent | None:
         for layer in (*weights.predictor, *weights.talker)
     ]
     bias = None if weights.projection is None else weights.projection.bias
-    parts = wide.new_zeros(n, config.num_attention_heads, 16, config.head_dim, dtype=torch.float32)
 
-    def row(width: int, rows: int = 2 * n) -> Tensor:
-        return wide.new_zeros(rows * width)
+    def words(n: int) -> Tensor:
+        return torch.zeros(n, dtype=torch.int64, device=device)
 
     def heads_width(of: DecoderConfig) -> int:
         return (of.num_attention_heads + 2 * of.num_key_value_heads) * of.head_dim
@@ -285,12 +284,13 @@ def persistent(frame: Frame) -> Persistent | None:
         "alive": slots.alive, "seen": slots.seen, "first": slots.first, "residual": slots.residual,
         "texts": slots.texts, "codes": slots.codes, "stops": wide.new_zeros(frame.capacity, n, dtype=torch.float32),
         "hidden": frame._hidden,
-        "x": row(max(config.hidden_size, small.hidden_size)),
-        "qkv": row(max(heads_width(config), heads_width(small))),
-        "inner": row(max(config.intermediate_size, small.intermediate_size)),
-        "logits": row(max(config.vocab_size, small.vocab_size)), "pair": row(small.hidden_size),
-        "parts": parts, "part_peaks": parts[..., 0].contiguous(), "part_weights": parts[..., 0].contiguous(),
-        "arrivals": torch.zeros(1, dtype=torch.int64, device=device),
+        "boxes": words(4 * 2 * n * max(
+            heads_width(config), heads_width(small), config.intermediate_size, small.intermediate_size,
+            config.vocab_size, config.hidden_size, small.hidden_size,
+        ) // 2),
+        "parts": words(n * config.num_attention_heads * MOST_SPLITS * config.head_dim),
+        "part_weights": words(n * config.num_attention_heads * MOST_SPLITS * 2),
+        "exchange": words(1), "trace": words(4096 if traced else 1),
     }  # fmt: skip
     shapes = {
         "SLOTS": n, "D": config.hidden_size, "I": config.intermediate_size, "H": config.num_attention_heads,
@@ -299,7 +299,7 @@ def persistent(frame: Frame) -> Persistent | None:
         "PL": small.num_hidden_layers, "V": config.vocab_size, "W": small.vocab_size, "Q": config.num_code_groups,
         "CAPACITY": frame.capacity, "LINES": frame.n_lines,
         "TALKER_INT4": kinds[0] == {True}, "PREDICTOR_INT4": kinds[1] == {True},
-        "PROJECTED": weights.projection is not None,
+        "PROJECTED": weights.projection is not None, "TRACED": traced,
     }  # fmt: skip
     numbers = {
         "eps": config.rms_norm_eps, "small_eps": small.rms_norm_eps, "stop_id": config.codec_eos_token_id,

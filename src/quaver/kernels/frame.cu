@@ -86,9 +86,11 @@ struct Arguments {
   const u64* seed; int* frame; int* past; const int* prompt; const int* n_text; int* alive; u8* seen;
   const float* first; const float* residual;
   const u16* texts; int* codes; float* stops;
-  u16* hidden; u16* x; u16* qkv; u16* inner; u16* logits; u16* pair;
-  float* parts; float* part_peaks; float* part_weights;
-  u64* arrivals;
+  u16* hidden;
+  u64* boxes;                     // [4, BOX] what blocks hand each other, and
+  u64* parts; u64* part_weights;  // [SLOTS, H, splits, d] and [SLOTS, H, splits, 2]
+  u32* exchange;                  // how many exchanges there were before this frame
+  u64* trace;
   float eps, small_eps;
   int stop_id, n_banned;
 };
@@ -111,21 +113,10 @@ __device__ __forceinline__ float half(u16 x) {
   asm("{.reg .f16 h; mov.b16 h, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "h"(x));
   return r;
 }
-// Other blocks write what is read here while the kernel runs, so it must not come from the first-level cache.
+// Not from the first-level cache: another block may have written it while the kernel runs.
 __device__ __forceinline__ uint2 load8(const void* p) {
   uint2 r;
   asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p) : "memory");
-  return r;
-}
-__device__ __forceinline__ uint4 load16(const void* p) {
-  uint4 r;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
-  return r;
-}
-__device__ __forceinline__ float load_float(const float* p) {
-  float r;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(p) : "memory");
   return r;
 }
 __device__ __forceinline__ void barrier(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
@@ -231,10 +222,53 @@ __device__ void feed(const Weight& weight, Place& place, Shared& s, u8* ring, u6
   place.end<S>();
 }
 
+// The moments of one block's frame, where they are asked for: 1 rows are ready, 2 sent, 3 drawn, 4 and 5 attended.
+__device__ __forceinline__ void mark(const Arguments& a, int what) {
+  if (TRACED && blockIdx.x == TRACED - 1 && threadIdx.x == 0) {
+    __shared__ int n;
+    if (what == 0) n = 0;
+    a.trace[n++] = (u64)clock64() * 8 + what;
+  }
+}
+
+// ---- mail: what blocks hand each other ----
+//
+// Every four bytes travel with the number of their exchange, eight bytes written at once, and are read again and again until
+// that number is there. So nobody waits for more than what he needs, and no fence is needed between the two. Boxes are
+// taken in turn, four of them: a block writes into the one of exchange n + 4 only when all that was sent in n + 3 is there,
+// which took all of n + 2, and so on; and of any two products in a row every block has a tile of one (checked below), so
+// by then everyone has read exchange n.
+
+constexpr int BOXES = 4;
+constexpr int BOX = greater(greater(greater(Qkv::N, I), greater(V, D)) * SLOTS, greater(SmallQkv::N, greater(J, E)) * COLS) / 2;
+
+__device__ __forceinline__ void send(const Arguments& a, u32 number, int pair, u32 what) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};"
+               ::"l"(a.boxes + (u64)(number % BOXES) * BOX + pair), "r"(what), "r"(number) : "memory");
+}
+__device__ __forceinline__ void send_floats(u64* to, u32 number, float x, float y) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %2};"
+               ::"l"(to), "r"(__float_as_uint(x)), "r"(number), "r"(__float_as_uint(y)) : "memory");
+}
+__device__ __forceinline__ uint2 receive_from(const u64* from, u32 number) {
+  u32 x, y, m, n, tries = 0;
+  do {
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x), "=r"(m), "=r"(y), "=r"(n) : "l"(from) : "memory");
+    give_up(++tries);
+  } while (m != number || n != number);
+  return make_uint2(x, y);
+}
+// Four bfloat16 of exchange ``number``, from the ``at``-th on.
+__device__ __forceinline__ uint2 receive(const Arguments& a, u32 number, int at) {
+  return receive_from(a.boxes + (u64)(number % BOXES) * BOX + at / 2, number);
+}
+
 // ---- products ----
 
-template <class S, int N, class Store>
-__device__ void product(Place& place, Shared& s, u8* ring, Store store) {
+// Sends the product of the N rows in s.x: its outputs in pairs, as ``finish`` makes them of float32.
+template <class S, int N, class Finish>
+__device__ void product(const Arguments& a, Place& place, Shared& s, u8* ring, u32& exchange, Finish finish) {
+  const u32 number = ++exchange;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   constexpr int BATCH = greater(1, 8 / N);
   constexpr int K_SEGMENT = S::K / S::SEGMENTS;
@@ -303,22 +337,42 @@ __device__ void product(Place& place, Shared& s, u8* ring, Store store) {
       }
     }
     workers_meet();
-    for (int out = tid; out < done * S::OUT * N; out += WORKERS) {
-      int which = out / (S::OUT * N), inside = out % (S::OUT * N);
-      const float* red = s.red + which * WARPS * S::R * N + inside;
-      float value = 0.f, up = 0.f;
+    // Four threads add up two outputs.
+    for (int out = tid; out < done * S::OUT / 2 * N * 4; out += WORKERS) {
+      const int part = out & 3, which = (out >> 2) / (S::OUT / 2 * N), inside = (out >> 2) % (S::OUT / 2 * N);
+      const int row = 2 * (inside / N), column = inside % N;
+      const float* red = s.red + ((which * WARPS + part) * S::R + row) * N + column;
+      float sums[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) {
-        value += red[w * S::R * N];
-        if (S::GATED) up += red[w * S::R * N + S::OUT * N];
+      for (int w = 0; w < WARPS; w += 4) {
+        const float* from = red + w * S::R * N;
+        sums[0] += from[0], sums[1] += from[N];
+        if (S::GATED) sums[2] += from[S::OUT * N], sums[3] += from[(S::OUT + 1) * N];
       }
-      if (S::GATED) value = value / (1.f + __expf(-value)) * up;
-      store((first + which * GRID) * S::OUT + inside / N, inside % N, value);
+      const u32 quad = 0xfu << (lane & ~3);
+#pragma unroll
+      for (int i = 0; i < (S::GATED ? 4 : 2); ++i) {
+        sums[i] += __shfl_xor_sync(quad, sums[i], 1);
+        sums[i] += __shfl_xor_sync(quad, sums[i], 2);
+      }
+      if (S::GATED) {
+        sums[0] = sums[0] / (1.f + __expf(-sums[0])) * sums[2];
+        sums[1] = sums[1] / (1.f + __expf(-sums[1])) * sums[3];
+      }
+      if (part == 0) {
+        const int at = (first + which * GRID) * S::OUT + row;
+        send(a, number, (column * S::N + at) / 2, finish(at, column, sums[0], sums[1]));
+      }
     }
     if (tile < S::TILES) workers_meet();
   }
   place.end<S>();
+  mark(a, 2);
 }
+
+struct Rounded {
+  __device__ __forceinline__ u32 operator()(int, int, float x, float y) const { return two_bf(x, y); }
+};
 
 // ---- activations ----
 
@@ -343,52 +397,57 @@ __device__ __forceinline__ void put_summed(Shared& s, int column, int group, int
   }
 }
 
-// Puts N rows [K] from ``source(column)`` into s.x, as the next product wants them.
-template <int K, int N, bool INT4, class Source>
-__device__ void stage(Shared& s, Source source) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-#pragma unroll
-  for (int unit = warp; unit < N * (K / GROUP); unit += WARPS) {
-    int column = unit / (K / GROUP), group = unit % (K / GROUP);
-    put_summed<INT4>(s, column, group, K, lane, load8(source(column) + group * GROUP + 4 * lane));
-  }
-  workers_meet();
-}
-
-// The same after an RMS norm; ``value(column, group)`` gives four inputs, kept in s.raw.
+// Puts N rows [K] into s.x as the next product wants them; ``value(column, at)`` gives four from the at-th on.
 template <int K, int N, bool INT4, class Value>
-__device__ void stage_normed(Shared& s, const u16* gain, float eps, Value value) {
+__device__ void stage(const Arguments& a, Shared& s, Value value) {
   constexpr int GROUPS = K / GROUP, UNITS = divided(N * GROUPS, WARPS);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  uint2 four[UNITS];
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
-    int unit = warp + i * WARPS, column = unit / GROUPS, group = unit % GROUPS;
+    const int unit = warp + i * WARPS, column = unit / GROUPS, group = unit % GROUPS;
+    if (unit < N * GROUPS) put_summed<INT4>(s, column, group, K, lane, value(column, group * GROUP + 4 * lane));
+  }
+  workers_meet();
+  mark(a, 1);
+}
+
+// The same after an RMS norm. With KEEP the rows as they came are left in s.raw.
+template <int K, int N, bool INT4, bool KEEP, class Value>
+__device__ void stage_normed(const Arguments& a, Shared& s, const u16* gain, float eps, Value value) {
+  constexpr int GROUPS = K / GROUP, UNITS = divided(N * GROUPS, WARPS);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  uint2 four[UNITS], by[UNITS];
+  // What does not depend on other blocks is asked for before what does.
+#pragma unroll
+  for (int i = 0; i < UNITS; ++i) by[i] = load8(gain + (warp + i * WARPS) % GROUPS * GROUP + 4 * lane);
+#pragma unroll
+  for (int i = 0; i < UNITS; ++i) {
+    const int unit = warp + i * WARPS, column = unit / GROUPS, group = unit % GROUPS;
     if (unit < N * GROUPS) {
-      four[i] = value(column, group);
-      *(uint2*)(s.raw + column * K + group * GROUP + 4 * lane) = four[i];
-      float a = bf_low(four[i].x), b = bf_high(four[i].x), c = bf_low(four[i].y), d = bf_high(four[i].y);
-      float square = warp_sum(a * a + b * b + c * c + d * d);
+      four[i] = value(column, group * GROUP + 4 * lane);
+      if (KEEP) *(uint2*)(s.raw + column * K + group * GROUP + 4 * lane) = four[i];
+      float x = bf_low(four[i].x), y = bf_high(four[i].x), z = bf_low(four[i].y), w = bf_high(four[i].y);
+      float square = warp_sum(x * x + y * y + z * z + w * w);
       if (lane == 0) s.squares[column * GROUPS + group] = square;
     }
   }
   workers_meet();
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
-    int unit = warp + i * WARPS, column = unit / GROUPS, group = unit % GROUPS;
+    const int unit = warp + i * WARPS, column = unit / GROUPS, group = unit % GROUPS;
     if (unit < N * GROUPS) {
       float square = 0.f;
       for (int j = lane; j < GROUPS; j += 32) square += s.squares[column * GROUPS + j];
       float rstd = rsqrtf(warp_sum(square) / K + eps);
-      uint2 by = *(const uint2*)(gain + group * GROUP + 4 * lane);
       u32 low = two_bf(bf_low(four[i].x) * rstd, bf_high(four[i].x) * rstd);
       u32 high = two_bf(bf_low(four[i].y) * rstd, bf_high(four[i].y) * rstd);
-      uint2 normed = {two_bf(bf_low(low) * bf_low(by.x), bf_high(low) * bf_high(by.x)),
-                      two_bf(bf_low(high) * bf_low(by.y), bf_high(high) * bf_high(by.y))};
+      uint2 normed = {two_bf(bf_low(low) * bf_low(by[i].x), bf_high(low) * bf_high(by[i].x)),
+                      two_bf(bf_low(high) * bf_low(by[i].y), bf_high(high) * bf_high(by[i].y))};
       put_summed<INT4>(s, column, group, K, lane, normed);
     }
   }
   workers_meet();
+  mark(a, 1);
 }
 
 __device__ __forceinline__ void unpack(uint2 four, float (&x)[4]) {
@@ -398,41 +457,31 @@ __device__ __forceinline__ uint2 packed(const float (&x)[4]) {
   return make_uint2(two_bf(x[0], x[1]), two_bf(x[2], x[3]));
 }
 
-// A head's four values per lane, normed and turned to ``position``, rounded as the cache holds them.
-__device__ __forceinline__ void turn(float (&x)[4], const u16* gain, float eps, const u16* cos, const u16* sin, int position) {
-  const int lane = threadIdx.x & 31;
-  float rstd = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / HD + eps);
-  float by[4], c[4], n[4];
-  unpack(*(const uint2*)(gain + 4 * lane), by);
-  unpack(*(const uint2*)(cos + position * (HD / 2) + 4 * (lane & 15)), c);
-  unpack(*(const uint2*)(sin + position * (HD / 2) + 4 * (lane & 15)), n);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float mine = x[i] * rstd * by[i];
-    float other = __shfl_xor_sync(~0u, mine, 16);
-    x[i] = rounded(mine * c[i] + (lane < 16 ? -other : other) * n[i]);
+// What turns a head to ``position``: four values a lane each of the norm's gain, the cosine and the sine.
+struct Turn {
+  uint2 gain, cos, sin;
+  __device__ __forceinline__ Turn(const u16* gains, const u16* cosines, const u16* sines, int position) {
+    const int lane = threadIdx.x & 31, at = position * (HD / 2) + 4 * (lane & 15);
+    gain = load8(gains + 4 * lane), cos = load8(cosines + at), sin = load8(sines + at);
   }
-}
+  // Norms and turns, and rounds as the cache does.
+  __device__ __forceinline__ void operator()(float (&x)[4], float eps) const {
+    float rstd = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / HD + eps);
+    float by[4], c[4], n[4];
+    unpack(gain, by);
+    unpack(cos, c);
+    unpack(sin, n);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float mine = x[i] * rstd * by[i];
+      float other = __shfl_xor_sync(~0u, mine, 16);
+      x[i] = rounded(mine * c[i] + ((threadIdx.x & 16) ? other : -other) * n[i]);
+    }
+  }
+};
 
 __device__ __forceinline__ float dot(const float (&a)[4], const float (&b)[4]) {
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
-}
-
-// ---- meeting ----
-
-__device__ __forceinline__ void all_meet(const Arguments& a, u64& goal) {
-  workers_meet();
-  if (threadIdx.x == 0) {
-    goal += GRID;
-    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(a.arrivals) : "memory");
-    u64 now;
-    u32 tries = 0;
-    do {
-      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(a.arrivals) : "memory");
-      give_up(++tries);
-    } while (now < goal);
-  }
-  workers_meet();
 }
 
 // ---- sampling: 128 threads a slot, the same in every block ----
@@ -482,7 +531,7 @@ __device__ __forceinline__ int warp_before(int x, int& total) {
 
 // Draws a code in [0, IDS) for each slot into s.code[slot][codebook]; the likeliest first, equal ones from the lowest id.
 template <int IDS, bool FIRST>
-__device__ void sample(const Arguments& a, Shared& s, int codebook) {
+__device__ void sample(const Arguments& a, Shared& s, u32 number, int codebook) {
   constexpr int PER = IDS / 128;
   const int slot = threadIdx.x >> 7, tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
   if (slot < SLOTS) {
@@ -491,12 +540,10 @@ __device__ void sample(const Arguments& a, Shared& s, int codebook) {
     const float temperature = knobs[0], top_p = knobs[2], penalty = knobs[3];
     const int frame = s.frame[slot];
     float x[PER];
-    const u16* from = a.logits + slot * IDS + tid * PER;
 #pragma unroll
-    for (int i = 0; i < PER; i += 8) {
-      uint4 v = load16(from + i);
+    for (int i = 0; i < PER; i += 4) {
+      uint2 v = receive(a, number, slot * IDS + tid * PER + i);
       x[i] = bf_low(v.x), x[i + 1] = bf_high(v.x), x[i + 2] = bf_low(v.y), x[i + 3] = bf_high(v.y);
-      x[i + 4] = bf_low(v.z), x[i + 5] = bf_high(v.z), x[i + 6] = bf_low(v.w), x[i + 7] = bf_high(v.w);
     }
     if (FIRST) {
       // The stop's probability is of the logits as they are.
@@ -633,30 +680,24 @@ __device__ void sample(const Arguments& a, Shared& s, int codebook) {
     }
   }
   workers_meet();
+  mark(a, 3);
 }
 
 // ---- the predictor ----
 
-// Attention over a few positions: a warp takes a head, and every block does all of it, which is quicker than meeting.
+// Attention over a few positions: a warp takes a head, and every block does all of it, which is quicker than mail.
 template <int N>
-__device__ void attend_small(const Arguments& a, Shared& s, int layer, int past) {
+__device__ void attend_small(const Arguments& a, Shared& s, u32 number, int layer, int past) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   constexpr int WIDTH = (PH + 2 * PG) * HD, REPEATS = PH / PG;
   const LayerGains& gains = a.gains[layer];
   for (int unit = warp; unit < PH * N; unit += WARPS) {
     const int head = unit % PH, column = unit / PH, slot = column % SLOTS, own = column / SLOTS, group = head / REPEATS;
     const u64 cache = ((u64)(layer * SLOTS + slot) * PG + group) * Q * HD + 4 * lane;
+    const Turn query(gains.query, a.small_cos, a.small_sin, past + own);
+    const Turn key0(gains.key, a.small_cos, a.small_sin, past), key1(gains.key, a.small_cos, a.small_sin, past + own);
     float q[4], o[4] = {0.f, 0.f, 0.f, 0.f}, peak = -1e30f, weight = 0.f;
-    unpack(load8(a.qkv + column * WIDTH + head * HD + 4 * lane), q);
-    uint2 fresh_key[2], fresh_value[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (i <= own) {
-        const u16* base = a.qkv + (slot + i * SLOTS) * WIDTH + (PH + group) * HD + 4 * lane;
-        fresh_key[i] = load8(base), fresh_value[i] = load8(base + PG * HD);
-      }
-    turn(q, gains.query, a.small_eps, a.small_cos, a.small_sin, past + own);
-    for (int start = 0; start < past; start += 8) {
+    for (int start = 0; start == 0 || start < past; start += 8) {
       uint2 key[8], value[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i)
@@ -664,6 +705,10 @@ __device__ void attend_small(const Arguments& a, Shared& s, int layer, int past)
           key[i] = load8(a.small_keys + cache + (start + i) * HD);
           value[i] = load8(a.small_values + cache + (start + i) * HD);
         }
+      if (start == 0) {
+        unpack(receive(a, number, column * WIDTH + head * HD + 4 * lane), q);
+        query(q, a.small_eps);
+      }
       float score[8], risen = peak;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -690,13 +735,15 @@ __device__ void attend_small(const Arguments& a, Shared& s, int layer, int past)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (i <= own) {
+        const int base = (slot + i * SLOTS) * WIDTH + (PH + group) * HD + 4 * lane;
+        uint2 fresh = receive(a, number, base), fresh_value = receive(a, number, base + PG * HD);
         float key[4], value[4];
-        unpack(fresh_key[i], key);
-        unpack(fresh_value[i], value);
-        turn(key, gains.key, a.small_eps, a.small_cos, a.small_sin, past + i);
+        unpack(fresh, key);
+        unpack(fresh_value, value);
+        (i == 0 ? key0 : key1)(key, a.small_eps);
         if (i == own && blockIdx.x == 0 && head % REPEATS == 0) {
           *(uint2*)(a.small_keys + cache + (past + i) * HD) = packed(key);
-          *(uint2*)(a.small_values + cache + (past + i) * HD) = fresh_value[i];
+          *(uint2*)(a.small_values + cache + (past + i) * HD) = fresh_value;
         }
         float one = warp_sum(dot(q, key)) * rsqrtf((float)HD);
         float risen = fmaxf(peak, one), fade = __expf(peak - risen), part = __expf(one - risen);
@@ -710,50 +757,41 @@ __device__ void attend_small(const Arguments& a, Shared& s, int layer, int past)
     put_summed<PREDICTOR_INT4>(s, column, head, PH * HD, lane, packed(o));
   }
   workers_meet();
+  mark(a, 4);
 }
 
 template <int N>
-__device__ void small_layers(const Arguments& a, Shared& s, u8* ring, Place& place, u64& goal, int codebook) {
-  const int lane = threadIdx.x & 31;
+__device__ void small_layers(const Arguments& a, Shared& s, u8* ring, Place& place, u32& exchange, int codebook) {
   const int past = codebook == 1 ? 0 : codebook;
+  auto of_x = [&](int column, int at) { return receive(a, exchange, column * E + at); };
+  auto onto_x = [&](int row, int column, float x, float y) {
+    const u32 raw = *(const u32*)(s.raw + column * E + row);
+    return two_bf(x + bf_low(raw), y + bf_high(raw));
+  };
   for (int layer = 0; layer < PL; ++layer) {
     const LayerGains& gains = a.gains[layer];
-    stage_normed<E, N, PREDICTOR_INT4>(s, gains.attention, a.small_eps, [&](int column, int group) {
-      const u16* from = a.x + column * E;
-      if (layer == 0) {
-        if (codebook == 1 && column < SLOTS) from = (PROJECTED ? a.pair : a.hidden) + column * E;
-        else from = a.projected[codebook - 1] + (u64)s.code[column % SLOTS][codebook - 1] * E;
-      }
-      return load8(from + group * GROUP + 4 * lane);
-    });
-    product<SmallQkv, N>(place, s, ring, [&](int row, int column, float value) {
-      a.qkv[column * SmallQkv::N + row] = to_bf(value);
-    });
-    all_meet(a, goal);
-    attend_small<N>(a, s, layer, past);
-    auto onto_x = [&](int row, int column, float value) {
-      a.x[column * E + row] = to_bf(value + bf(s.raw[column * E + row]));
-    };
-    product<SmallOut, N>(place, s, ring, onto_x);
-    all_meet(a, goal);
-    auto of_x = [&](int column, int group) { return load8(a.x + column * E + group * GROUP + 4 * lane); };
-    stage_normed<E, N, PREDICTOR_INT4>(s, gains.mlp, a.small_eps, of_x);
-    product<SmallGateUp, N>(place, s, ring, [&](int row, int column, float value) {
-      a.inner[column * J + row] = to_bf(value);
-    });
-    all_meet(a, goal);
-    stage<J, N, PREDICTOR_INT4>(s, [&](int column) { return a.inner + column * J; });
-    product<SmallDown, N>(place, s, ring, onto_x);
-    all_meet(a, goal);
+    if (layer > 0)
+      stage_normed<E, N, PREDICTOR_INT4, true>(a, s, gains.attention, a.small_eps, of_x);
+    else
+      stage_normed<E, N, PREDICTOR_INT4, true>(a, s, gains.attention, a.small_eps, [&](int column, int at) {
+        if (codebook == 1 && column < SLOTS) return PROJECTED ? receive(a, exchange, column * E + at) : load8(a.hidden + column * E + at);
+        return load8(a.projected[codebook - 1] + (u64)s.code[column % SLOTS][codebook - 1] * E + at);
+      });
+    product<SmallQkv, N>(a, place, s, ring, exchange, Rounded());
+    attend_small<N>(a, s, exchange, layer, past);
+    product<SmallOut, N>(a, place, s, ring, exchange, onto_x);
+    stage_normed<E, N, PREDICTOR_INT4, true>(a, s, gains.mlp, a.small_eps, of_x);
+    product<SmallGateUp, N>(a, place, s, ring, exchange, Rounded());
+    stage<J, N, PREDICTOR_INT4>(a, s, [&](int column, int at) { return receive(a, exchange, column * J + at); });
+    product<SmallDown, N>(a, place, s, ring, exchange, onto_x);
   }
-  stage_normed<E, SLOTS, false>(s, a.small_norm, a.small_eps, [&](int column, int group) {
-    return load8(a.x + (N - SLOTS + column) * E + group * GROUP + 4 * lane);
+  // What block 0 sends next says that its part of the cache is there.
+  if (blockIdx.x == 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  stage_normed<E, SLOTS, false, false>(a, s, a.small_norm, a.small_eps, [&](int column, int at) {
+    return receive(a, exchange, (N - SLOTS + column) * E + at);
   });
-  product<Head, SLOTS>(place, s, ring, [&](int row, int column, float value) {
-    a.logits[column * W + row] = to_bf(value);
-  });
-  all_meet(a, goal);
-  sample<W, false>(a, s, codebook);
+  product<Head, SLOTS>(a, place, s, ring, exchange, Rounded());
+  sample<W, false>(a, s, exchange, codebook);
 }
 
 // ---- the talker ----
@@ -763,10 +801,11 @@ __device__ __forceinline__ int n_splits(int length) {
 }
 
 // A block reads one share of one key head's cache; shares are joined where they are read.
-__device__ void attend(const Arguments& a, Shared& s, int layer) {
+__device__ void attend(const Arguments& a, Shared& s, u32& exchange, int layer) {
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   constexpr int WIDTH = (H + 2 * G) * HD;
   const LayerGains& gains = a.gains[PL + layer];
+  const u32 before = exchange, number = ++exchange;
   float* peaks = s.red;
   float* weights = peaks + WARPS * REP;
   float* sums = weights + WARPS * REP;
@@ -777,12 +816,24 @@ __device__ void attend(const Arguments& a, Shared& s, int layer) {
     if (split >= splits) continue;
     const bool last = split == splits - 1;
     const u64 cache = ((u64)(layer * SLOTS + slot) * G + group) * CAPACITY * HD + 4 * lane;
+    const int share = divided(divided(past, splits), 4) * 4, end = min(past, (split + 1) * share);
+    int start = split * share + 4 * warp;
+    uint2 key[4], value[4];
+    auto ask = [&]() {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (start + i < end) {
+          key[i] = load8(a.keys + cache + (u64)(start + i) * HD);
+          value[i] = load8(a.values + cache + (u64)(start + i) * HD);
+        }
+    };
+    ask();
     if (warp < REP + 2) {
-      int head = warp < REP ? group * REP + warp : H + group + (warp - REP) * G;
-      uint2 four = load8(a.qkv + slot * WIDTH + head * HD + 4 * lane);
+      const Turn turn(warp < REP ? gains.query : gains.key, a.cos, a.sin, past);
+      const int head = warp < REP ? group * REP + warp : H + group + (warp - REP) * G;
       float x[4];
-      unpack(four, x);
-      if (warp <= REP) turn(x, warp < REP ? gains.query : gains.key, a.eps, a.cos, a.sin, past);
+      unpack(receive(a, before, slot * WIDTH + head * HD + 4 * lane), x);
+      if (warp <= REP) turn(x, a.eps);
       if (last && warp >= REP) *(uint2*)((warp == REP ? a.keys : a.values) + cache + (u64)past * HD) = packed(x);
       *(float4*)(fresh + warp * HD + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
     }
@@ -795,15 +846,7 @@ __device__ void attend(const Arguments& a, Shared& s, int layer) {
       o[r][0] = o[r][1] = o[r][2] = o[r][3] = weight[r] = 0.f;
       peak[r] = -1e30f;
     }
-    const int share = divided(divided(past, splits), 4) * 4, end = min(past, (split + 1) * share);
-    for (int start = split * share + 4 * warp; start < end; start += 4 * WARPS) {
-      uint2 key[4], value[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (start + i < end) {
-          key[i] = load8(a.keys + cache + (u64)(start + i) * HD);
-          value[i] = load8(a.values + cache + (u64)(start + i) * HD);
-        }
+    while (start < end) {
 #pragma unroll
       for (int r = 0; r < REP; ++r) {
         float score[4], risen = peak[r];
@@ -829,17 +872,19 @@ __device__ void attend(const Arguments& a, Shared& s, int layer) {
           }
         peak[r] = risen;
       }
+      start += 4 * WARPS;
+      ask();
     }
     if (last && warp == 0) {
       float4 k4 = *(const float4*)(fresh + REP * HD + 4 * lane), v4 = *(const float4*)(fresh + (REP + 1) * HD + 4 * lane);
-      float key[4] = {k4.x, k4.y, k4.z, k4.w}, value[4] = {v4.x, v4.y, v4.z, v4.w};
+      float fresh_key[4] = {k4.x, k4.y, k4.z, k4.w}, fresh_value[4] = {v4.x, v4.y, v4.z, v4.w};
 #pragma unroll
       for (int r = 0; r < REP; ++r) {
-        float one = warp_sum(dot(q[r], key)) * rsqrtf((float)HD);
+        float one = warp_sum(dot(q[r], fresh_key)) * rsqrtf((float)HD);
         float risen = fmaxf(peak[r], one), fade = __expf(peak[r] - risen), part = __expf(one - risen);
         weight[r] = weight[r] * fade + part;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) o[r][j] = o[r][j] * fade + part * value[j];
+        for (int j = 0; j < 4; ++j) o[r][j] = o[r][j] * fade + part * fresh_value[j];
         peak[r] = risen;
       }
     }
@@ -849,52 +894,57 @@ __device__ void attend(const Arguments& a, Shared& s, int layer) {
       *(float4*)(sums + (warp * REP + r) * HD + 4 * lane) = make_float4(o[r][0], o[r][1], o[r][2], o[r][3]);
     }
     workers_meet();
-    for (int out = tid; out < REP * HD; out += WORKERS) {
-      const int r = out / HD, dim = out % HD, head = slot * H + group * REP + r;
-      float top = -1e30f, total = 0.f, sum = 0.f;
+    for (int out = tid; out < REP * HD / 2; out += WORKERS) {
+      const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), part = (slot * H + group * REP + r) * MOST_SPLITS + split;
+      float top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) top = fmaxf(top, peaks[w * REP + r]);
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) {
-        float fade = __expf(peaks[w * REP + r] - top);
-        total += fade * weights[w * REP + r];
-        sum += fade * sums[(w * REP + r) * HD + dim];
+        const float fade = __expf(peaks[w * REP + r] - top);
+        const float2 sum = *(const float2*)(sums + (w * REP + r) * HD + dim);
+        total += fade * weights[w * REP + r], x += fade * sum.x, y += fade * sum.y;
       }
-      a.parts[((u64)head * MOST_SPLITS + split) * HD + dim] = sum;
-      if (dim == 0) a.part_peaks[head * MOST_SPLITS + split] = top, a.part_weights[head * MOST_SPLITS + split] = total;
+      send_floats(a.parts + (u64)part * HD + dim, number, x, y);
+      if (dim == 0) send_floats(a.part_weights + (u64)part * 2, number, top, total);
     }
     workers_meet();
   }
+  mark(a, 5);
 }
 
 // Joins the shares of all heads into s.x.
-__device__ void stage_attended(const Arguments& a, Shared& s) {
+__device__ void stage_attended(const Arguments& a, Shared& s, u32 number) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   for (int unit = warp; unit < SLOTS * H; unit += WARPS) {
     const int slot = unit / H, head = unit % H;
     const int splits = n_splits(min(s.prompt[slot] + s.frame[slot], CAPACITY - 1) + 1);
-    float peak = lane < splits ? load_float(a.part_peaks + unit * MOST_SPLITS + lane) : -1e30f;
-    float weight = lane < splits ? load_float(a.part_weights + unit * MOST_SPLITS + lane) : 0.f;
+    float peak = -1e30f, weight = 0.f;
+    if (lane < splits) {
+      const uint2 got = receive_from(a.part_weights + (u64)(unit * MOST_SPLITS + lane) * 2, number);
+      peak = __uint_as_float(got.x), weight = __uint_as_float(got.y);
+    }
+    __syncwarp();
     float top = peak;
 #pragma unroll
     for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-    float fade = __expf(peak - top), total = warp_sum(fade * weight), o[4] = {0.f, 0.f, 0.f, 0.f};
-    fade /= total;
-#pragma unroll 4
+    float fade = __expf(peak - top), o[4] = {0.f, 0.f, 0.f, 0.f};
+    fade /= warp_sum(fade * weight);
     for (int split = 0; split < splits; ++split) {
-      float by = __shfl_sync(~0u, fade, split);
-      uint4 v = load16(a.parts + ((u64)unit * MOST_SPLITS + split) * HD + 4 * lane);
-      o[0] += by * __uint_as_float(v.x), o[1] += by * __uint_as_float(v.y);
-      o[2] += by * __uint_as_float(v.z), o[3] += by * __uint_as_float(v.w);
+      const float by = __shfl_sync(~0u, fade, split);
+      const u64* from = a.parts + (u64)(unit * MOST_SPLITS + split) * HD + 4 * lane;
+      const uint2 low = receive_from(from, number), high = receive_from(from + 2, number);
+      o[0] += by * __uint_as_float(low.x), o[1] += by * __uint_as_float(low.y);
+      o[2] += by * __uint_as_float(high.x), o[3] += by * __uint_as_float(high.y);
     }
     put_summed<TALKER_INT4>(s, slot, head, H * HD, lane, packed(o));
   }
   workers_meet();
+  mark(a, 1);
 }
 
 // The talker's next input: the sum of a frame's embeddings and its text, each addition rounded where the model rounds.
-__device__ __forceinline__ uint2 embedded(const Arguments& a, Shared& s, int slot, int group) {
-  const int at = group * GROUP + 4 * (threadIdx.x & 31);
+__device__ __forceinline__ uint2 embedded(const Arguments& a, Shared& s, int slot, int at) {
   float sum[4] = {0.f, 0.f, 0.f, 0.f}, x[4];
   uint2 four[Q];
 #pragma unroll
@@ -916,31 +966,26 @@ __device__ __forceinline__ uint2 embedded(const Arguments& a, Shared& s, int slo
   return packed(sum);
 }
 
-__device__ void talker_layers(const Arguments& a, Shared& s, u8* ring, Place& place, u64& goal) {
-  const int lane = threadIdx.x & 31;
-  auto of_x = [&](int column, int group) { return load8(a.x + column * D + group * GROUP + 4 * lane); };
-  auto onto_x = [&](int row, int column, float value) {
-    a.x[column * D + row] = to_bf(value + bf(s.raw[column * D + row]));
+__device__ void talker_layers(const Arguments& a, Shared& s, u8* ring, Place& place, u32& exchange) {
+  auto of_x = [&](int column, int at) { return receive(a, exchange, column * D + at); };
+  auto onto_x = [&](int row, int column, float x, float y) {
+    const u32 raw = *(const u32*)(s.raw + column * D + row);
+    return two_bf(x + bf_low(raw), y + bf_high(raw));
   };
   for (int layer = 0; layer < L; ++layer) {
     const LayerGains& gains = a.gains[PL + layer];
     if (layer == 0)
-      stage_normed<D, SLOTS, TALKER_INT4>(s, gains.attention, a.eps, [&](int column, int group) { return embedded(a, s, column, group); });
+      stage_normed<D, SLOTS, TALKER_INT4, true>(a, s, gains.attention, a.eps, [&](int column, int at) { return embedded(a, s, column, at); });
     else
-      stage_normed<D, SLOTS, TALKER_INT4>(s, gains.attention, a.eps, of_x);
-    product<Qkv, SLOTS>(place, s, ring, [&](int row, int column, float value) { a.qkv[column * Qkv::N + row] = to_bf(value); });
-    all_meet(a, goal);
-    attend(a, s, layer);
-    all_meet(a, goal);
-    stage_attended(a, s);
-    product<Out, SLOTS>(place, s, ring, onto_x);
-    all_meet(a, goal);
-    stage_normed<D, SLOTS, TALKER_INT4>(s, gains.mlp, a.eps, of_x);
-    product<GateUp, SLOTS>(place, s, ring, [&](int row, int column, float value) { a.inner[column * I + row] = to_bf(value); });
-    all_meet(a, goal);
-    stage<I, SLOTS, TALKER_INT4>(s, [&](int column) { return a.inner + column * I; });
-    product<Down, SLOTS>(place, s, ring, onto_x);
-    all_meet(a, goal);
+      stage_normed<D, SLOTS, TALKER_INT4, true>(a, s, gains.attention, a.eps, of_x);
+    product<Qkv, SLOTS>(a, place, s, ring, exchange, Rounded());
+    attend(a, s, exchange, layer);
+    stage_attended(a, s, exchange);
+    product<Out, SLOTS>(a, place, s, ring, exchange, onto_x);
+    stage_normed<D, SLOTS, TALKER_INT4, true>(a, s, gains.mlp, a.eps, of_x);
+    product<GateUp, SLOTS>(a, place, s, ring, exchange, Rounded());
+    stage<I, SLOTS, TALKER_INT4>(a, s, [&](int column, int at) { return receive(a, exchange, column * I + at); });
+    product<Down, SLOTS>(a, place, s, ring, exchange, onto_x);
   }
 }
 
@@ -979,7 +1024,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
   extern __shared__ __align__(128) u8 memory[];
   u8* ring = memory;
   Shared& s = *(Shared*)(memory + (u64)RING * RING_SLOT);
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const int tid = threadIdx.x, warp = tid >> 5;
   if (tid == 0) {
     for (int i = 0; i < RING; ++i) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&s.full[i])) : "memory");
@@ -994,29 +1039,25 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
     return;
   }
   Place place;
-  u64 goal = 0;
-  if (tid == 0) {
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(goal) : "l"(a.arrivals) : "memory");
-    goal -= goal % GRID;
-  }
-  stage<D, SLOTS, false>(s, [&](int column) { return a.hidden + column * D; });
-  product<Head0, SLOTS>(place, s, ring, [&](int row, int column, float value) { a.logits[column * V + row] = to_bf(value); });
+  u32 exchange = *a.exchange;
+  mark(a, 0);
+  stage<D, SLOTS, false>(a, s, [&](int column, int at) { return load8(a.hidden + column * D + at); });
+  product<Head0, SLOTS>(a, place, s, ring, exchange, Rounded());
+  const u32 logits = exchange;
   if (PROJECTED) {
     workers_meet();
-    product<Projection, SLOTS>(place, s, ring, [&](int row, int column, float value) {
-      a.pair[column * E + row] = to_bf(value + bf(a.projection_bias[row]));
+    product<Projection, SLOTS>(a, place, s, ring, exchange, [&](int row, int, float x, float y) {
+      return two_bf(x + bf(a.projection_bias[row]), y + bf(a.projection_bias[row + 1]));
     });
   }
-  all_meet(a, goal);
-  sample<V, true>(a, s, 0);
-  small_layers<COLS>(a, s, ring, place, goal, 1);
-  for (int codebook = 2; codebook < Q; ++codebook) small_layers<SLOTS>(a, s, ring, place, goal, codebook);
-  talker_layers(a, s, ring, place, goal);
+  sample<V, true>(a, s, logits, 0);
+  small_layers<COLS>(a, s, ring, place, exchange, 1);
+  for (int codebook = 2; codebook < Q; ++codebook) small_layers<SLOTS>(a, s, ring, place, exchange, codebook);
+  talker_layers(a, s, ring, place, exchange);
   if (blockIdx.x != 0) return;
-  stage_normed<D, SLOTS, false>(s, a.last_norm, a.eps, [&](int column, int group) {
-    return load8(a.x + column * D + group * GROUP + 4 * lane);
-  });
+  stage_normed<D, SLOTS, false, false>(a, s, a.last_norm, a.eps, [&](int column, int at) { return receive(a, exchange, column * D + at); });
   for (int i = tid; i < SLOTS * D / 8; i += WORKERS) ((uint4*)a.hidden)[i] = ((const uint4*)s.x)[i];
+  if (tid == 0) *a.exchange = exchange;
   if (tid < SLOTS * Q) {
     const int slot = tid / Q, codebook = tid % Q;
     a.codes[(min(s.frame[slot], CAPACITY - 1) * SLOTS + slot) * Q + codebook] = s.alive[slot] ? s.code[slot][codebook] : ENDED;

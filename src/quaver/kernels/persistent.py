@@ -27,7 +27,7 @@ MOST_SLOTS = 4
 MOST_KEPT = 64
 """The most ids that may be drawn from: more need a sort that this kernel has not."""
 _HEAD_DIM = 128
-_MOST_SPLITS = 16
+MOST_SPLITS = 16
 _SHARED_BYTES = 232_448
 _THREADS = 544
 
@@ -37,8 +37,8 @@ class _Arguments(ctypes.Structure):
 
     pointers = (
         "stream gains small_norm last_norm projection_bias tables projected keys values small_keys small_values cos sin "
-        "small_cos small_sin seed frame past prompt n_text alive seen first residual texts codes stops hidden x qkv inner "
-        "logits pair parts part_peaks part_weights arrivals"
+        "small_cos small_sin seed frame past prompt n_text alive seen first residual texts codes stops hidden boxes parts "
+        "part_weights exchange trace"
     ).split()
     _fields_ = [
         *((name, ctypes.c_void_p) for name in pointers),
@@ -63,7 +63,7 @@ class Persistent:
         )
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
         self._device = device
-        self._function = _function(compiled({"GRID": self._n_blocks, "MOST_SPLITS": _MOST_SPLITS, **shapes}, device))
+        self._function = _function(compiled({"GRID": self._n_blocks, "MOST_SPLITS": MOST_SPLITS, **shapes}, device))
 
     def __call__(self) -> None:
         """Enqueues a frame on the current stream."""
