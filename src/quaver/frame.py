@@ -15,7 +15,7 @@ from quaver.config import SUPPRESSED_IDS, DecoderConfig
 from quaver.int4 import Int4Linear
 from quaver.kernels.attention import Heads, Splits, attend
 from quaver.kernels.linear import Matrix, linear
-from quaver.kernels.persistent import MOST_SLOTS, MOST_SPLITS, Persistent, pointers
+from quaver.kernels.persistent import MOST_SLOTS, MOST_SPLITS, Persistent
 from quaver.kernels.sampler import Slots, sample_first, sample_residual
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.tts import TTS, Prompt
@@ -255,10 +255,11 @@ def persistent(frame: Frame, traced: int = 0) -> Persistent | None:
         *weights.heads,
         *(getattr(layer, name) for layer in weights.talker for name in ("qkv", "o", "gate_up", "down")),
     ]
-    gains = [
-        (layer.before_attention, layer.query_gain, layer.key_gain, layer.before_mlp)
-        for layer in (*weights.predictor, *weights.talker)
-    ]
+
+    def gains(layers: list[_Layer], last: Tensor) -> Tensor:
+        each = ((l.before_attention, l.query_gain, l.key_gain, l.before_mlp) for l in layers)
+        return torch.cat([gain.detach() for layer in each for gain in layer] + [last.detach()])
+
     bias = None if weights.projection is None else weights.projection.bias
 
     def words(n: int) -> Tensor:
@@ -268,15 +269,9 @@ def persistent(frame: Frame, traced: int = 0) -> Persistent | None:
         return (of.num_attention_heads + 2 * of.num_key_value_heads) * of.head_dim
 
     tensors = {
-        "stream": pointers(
-            [(m.lanes.packed, m.lanes.scales, m.lanes.zeros) if m.lanes is not None else (m.dense, None, None) for m in stream], device
-        ),
-        "gains": pointers(gains, device),
-        "small_norm": tts.talker.code_predictor.model.norm.weight,
-        "last_norm": tts.talker.model.norm.weight,
+        "gains": gains(weights.talker, tts.talker.model.norm.weight),
+        "small_gains": gains(weights.predictor, tts.talker.code_predictor.model.norm.weight),
         "projection_bias": wide if bias is None else bias,
-        "tables": pointers([weights.tables], device),
-        "projected": pointers([weights.projected], device),
         "keys": stacks[0].keys, "values": stacks[0].values,
         "small_keys": stacks[1].keys, "small_values": stacks[1].values,
         "cos": stacks[0].cos, "sin": stacks[0].sin, "small_cos": stacks[1].cos, "small_sin": stacks[1].sin,
@@ -290,7 +285,7 @@ def persistent(frame: Frame, traced: int = 0) -> Persistent | None:
         ) // 2),
         "parts": words(n * config.num_attention_heads * MOST_SPLITS * config.head_dim),
         "part_weights": words(n * config.num_attention_heads * MOST_SPLITS * 2),
-        "exchange": words(1), "trace": words(4096 if traced else 1),
+        "exchange": words(1), "trace": words(8192 if traced else 1),
     }  # fmt: skip
     shapes = {
         "SLOTS": n, "D": config.hidden_size, "I": config.intermediate_size, "H": config.num_attention_heads,
@@ -305,7 +300,10 @@ def persistent(frame: Frame, traced: int = 0) -> Persistent | None:
         "eps": config.rms_norm_eps, "small_eps": small.rms_norm_eps, "stop_id": config.codec_eos_token_id,
         "n_banned": SUPPRESSED_IDS,
     }  # fmt: skip
-    return Persistent(shapes, tensors, numbers)
+    held = [
+        (m.lanes.packed, m.lanes.scales, m.lanes.zeros) if m.lanes is not None else (m.dense, None, None) for m in stream
+    ]
+    return Persistent(shapes, tensors, numbers, [weights.tables, weights.projected, *held])
 
 
 def _layers(decoder: Decoder) -> list[DecoderLayer]:

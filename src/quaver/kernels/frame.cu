@@ -27,38 +27,41 @@ constexpr int greater(int a, int b) { return a > b ? a : b; }
 constexpr int lesser(int a, int b) { return a < b ? a : b; }
 constexpr int divided(int a, int b) { return (a + b - 1) / b; }
 
-// A product's weight: N_ rows of K_ inputs in tiles of R_ rows. GATED_: gate above up, a tile has eight rows of each.
-template <int N_, int K_, int R_, bool INT4_, bool GATED_>
+// Rows of a tile: sixteen where they fit into one slot of the ring and keep all blocks busy, else eight.
+constexpr int rows_of(int n, int row_bytes) {
+  const int wide = divided(n / 16, GRID) * 16, narrow = divided(n / 8, GRID) * 8;
+  return n % 16 == 0 && wide <= narrow && 16 * row_bytes <= SLOT_BYTES ? 16 : 8;
+}
+
+// A product's weight: N_ outputs of K_ inputs, in tiles of R rows. GATED_: gate above up, a tile has as many rows of each.
+template <int N_, int K_, bool INT4_, bool GATED_>
 struct Shape {
-  static constexpr int N = N_, K = K_, R = R_;
+  static constexpr int N = N_, K = K_;
   static constexpr bool INT4 = INT4_, GATED = GATED_;
-  static constexpr int OUT = GATED ? R / 2 : R;  // outputs of a tile
-  static constexpr int TILES = N / OUT;
   static constexpr int ROW_BYTES = INT4 ? K / 2 : 2 * K;
+  static constexpr int R = rows_of(GATED ? 2 * N : N, ROW_BYTES);
+  static constexpr int PIECES = GATED ? 2 : 1, OUT = R / PIECES;  // runs of rows of a tile; its outputs
+  static constexpr int TILES = N / OUT;
   static constexpr int SEGMENTS = divided(ROW_BYTES * R, SLOT_BYTES);
   static constexpr int SEGMENT = ROW_BYTES / SEGMENTS;  // bytes of a row in one slot of the ring
   static constexpr int GROUPS = K / GROUP;
   static constexpr int TABLE_BYTES = INT4 ? R * GROUPS * 3 : 0;  // float16 scales, then zero points, of the whole tile
-  static_assert(N % OUT == 0 && ROW_BYTES % SEGMENTS == 0 && SEGMENT % 64 == 0, "rows must split evenly");
+  static_assert(N % OUT == 0 && OUT % 2 == 0 && ROW_BYTES % SEGMENTS == 0 && SEGMENT % 64 == 0 && K % GROUP == 0,
+                "rows must split evenly");
+  static_assert(!INT4 || OUT * GROUPS % 16 == 0, "zero points are copied 16 at a time");
 };
 
-// Tiles of sixteen rows where they keep all blocks busy, of eight where they would not.
-constexpr int rows_of(int n) {
-  int wide = divided(n / 16, GRID) * 16, narrow = divided(n / 8, GRID) * 8;
-  return n % 16 == 0 && wide <= narrow ? 16 : 8;
-}
-
-typedef Shape<V, D, rows_of(V), false, false> Head0;
-typedef Shape<E, D, rows_of(E), false, false> Projection;
-typedef Shape<(H + 2 * G) * HD, D, rows_of((H + 2 * G) * HD), TALKER_INT4, false> Qkv;
-typedef Shape<D, H * HD, rows_of(D), TALKER_INT4, false> Out;
-typedef Shape<I, D, 16, TALKER_INT4, true> GateUp;
-typedef Shape<D, I, rows_of(D), TALKER_INT4, false> Down;
-typedef Shape<(PH + 2 * PG) * HD, E, rows_of((PH + 2 * PG) * HD), PREDICTOR_INT4, false> SmallQkv;
-typedef Shape<E, PH * HD, rows_of(E), PREDICTOR_INT4, false> SmallOut;
-typedef Shape<J, E, 16, PREDICTOR_INT4, true> SmallGateUp;
-typedef Shape<E, J, rows_of(E), PREDICTOR_INT4, false> SmallDown;
-typedef Shape<W, E, rows_of(W), false, false> Head;
+typedef Shape<V, D, false, false> Head0;
+typedef Shape<E, D, false, false> Projection;
+typedef Shape<(H + 2 * G) * HD, D, TALKER_INT4, false> Qkv;
+typedef Shape<D, H * HD, TALKER_INT4, false> Out;
+typedef Shape<I, D, TALKER_INT4, true> GateUp;
+typedef Shape<D, I, TALKER_INT4, false> Down;
+typedef Shape<(PH + 2 * PG) * HD, E, PREDICTOR_INT4, false> SmallQkv;
+typedef Shape<E, PH * HD, PREDICTOR_INT4, false> SmallOut;
+typedef Shape<J, E, PREDICTOR_INT4, true> SmallGateUp;
+typedef Shape<E, J, PREDICTOR_INT4, false> SmallDown;
+typedef Shape<W, E, false, false> Head;
 
 constexpr int TABLE_ROOM = divided(
     greater(greater(greater(Qkv::TABLE_BYTES, Out::TABLE_BYTES), greater(GateUp::TABLE_BYTES, Down::TABLE_BYTES)),
@@ -71,15 +74,12 @@ constexpr int REP = H / G;
 constexpr int RED_FLOATS = greater(16 * WARPS * 8, WARPS * REP * (HD + 2) + (REP + 2) * HD);
 
 struct Weight { const u8* values; const u8* scales; const u8* zeros; };
-struct LayerGains { const u16* attention; const u16* query; const u16* key; const u16* mlp; };
+constexpr int WEIGHTS = 1 + PROJECTED + 4 * PL + (Q - 1) + 4 * L;
 
 struct Arguments {
-  const Weight* stream;           // in the order in which a frame reads them; the predictor's layers once
-  const LayerGains* gains;        // the predictor's layers, then the talker's
-  const u16* small_norm; const u16* last_norm;
+  const u16* gains;               // [layers][before attention, of a query, of a key, before the MLP], the talker's
+  const u16* small_gains;         // and the predictor's; behind the last layer's stands the norm after all of them
   const u16* projection_bias;
-  const u16* const* tables;       // [Q] embeddings [V or W, D]
-  const u16* const* projected;    // [Q - 1] what the predictor reads of them [V or W, E]
   u16* keys; u16* values;         // the talker's cache [L, SLOTS, G, CAPACITY, d]
   u16* small_keys; u16* small_values;  // the predictor's [PL, SLOTS, PG, Q, d]
   const u16* cos; const u16* sin; const u16* small_cos; const u16* small_sin;  // [positions, d / 2]
@@ -93,6 +93,17 @@ struct Arguments {
   u64* trace;
   float eps, small_eps;
   int stop_id, n_banned;
+  const u16* tables[Q];           // embeddings [V or W, D]
+  const u16* projected[Q - 1];    // what the predictor reads of them [V or W, E]
+  Weight stream[WEIGHTS];         // in the order in which a frame reads them; the predictor's layers once
+};
+
+// Where the gains of a layer are: addresses that need not be read from memory first.
+template <int WIDTH>
+struct Gains {
+  const u16 *attention, *query, *key, *mlp;
+  __device__ __forceinline__ Gains(const u16* all, int layer)
+      : attention(all + layer * 2 * (WIDTH + HD)), query(attention + WIDTH), key(query + HD), mlp(key + HD) {}
 };
 
 // ---- bits of PTX ----
@@ -137,7 +148,9 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 struct Shared {
   u64 full[MOST_RING], empty[MOST_RING];
-  float red[RED_FLOATS];
+  u64 ring_waits;
+  int n_marks;
+  alignas(16) float red[RED_FLOATS];
   float squares[WIDE_D / GROUP];
   float sums[WIDEST / GROUP];
   int code[SLOTS][Q];
@@ -201,20 +214,21 @@ __device__ void feed(const Weight& weight, Place& place, Shared& s, u8* ring, u6
       u64* gate = &s.full[place.slot];
       if (lane == 0) expect(gate, S::R * S::SEGMENT + S::TABLE_BYTES);
       __syncwarp();
-      if (lane < S::R) {
-        int row = S::GATED ? tile * S::OUT + (lane % S::OUT) + (lane >= S::OUT ? S::N : 0) : tile * S::R + lane;
+      if (S::SEGMENTS == 1) {
+        // Whole rows lie one behind the other.
+        if (lane < S::PIECES)
+          fetch(to + lane * S::OUT * S::ROW_BYTES, weight.values + (u64)(tile * S::OUT + lane * S::N) * S::ROW_BYTES,
+                S::OUT * S::ROW_BYTES, gate, policy);
+      } else if (lane < S::R) {
+        const int row = tile * S::OUT + lane % S::OUT + (lane >= S::OUT ? S::N : 0);
         fetch(to + lane * S::SEGMENT, weight.values + (u64)row * S::ROW_BYTES + segment * S::SEGMENT, S::SEGMENT, gate, policy);
       }
-      if (S::INT4) {
-        constexpr int PIECES = S::GATED ? 2 : 1, ROWS = S::R / PIECES;
-        if (lane < 2 * PIECES) {
-          int piece = lane >> 1, row = tile * S::OUT + piece * S::N;
-          u32 at = piece * ROWS * S::GROUPS;
-          if (lane & 1)
-            fetch(to + SLOT_BYTES + 2 * S::R * S::GROUPS + at, weight.zeros + (u64)row * S::GROUPS, ROWS * S::GROUPS, gate, policy);
-          else
-            fetch(to + SLOT_BYTES + 2 * at, weight.scales + 2 * (u64)row * S::GROUPS, 2 * ROWS * S::GROUPS, gate, policy);
-        }
+      if (S::INT4 && lane >= 16 && lane < 16 + 2 * S::PIECES) {
+        const int piece = (lane - 16) >> 1, row = tile * S::OUT + piece * S::N, at = piece * S::OUT * S::GROUPS;
+        if (lane & 1)
+          fetch(to + SLOT_BYTES + 2 * S::R * S::GROUPS + at, weight.zeros + (u64)row * S::GROUPS, S::OUT * S::GROUPS, gate, policy);
+        else
+          fetch(to + SLOT_BYTES + 2 * at, weight.scales + 2 * (u64)row * S::GROUPS, 2 * S::OUT * S::GROUPS, gate, policy);
       }
       place.next();
     }
@@ -223,11 +237,11 @@ __device__ void feed(const Weight& weight, Place& place, Shared& s, u8* ring, u6
 }
 
 // The moments of one block's frame, where they are asked for: 1 rows are ready, 2 sent, 3 drawn, 4 and 5 attended.
-__device__ __forceinline__ void mark(const Arguments& a, int what) {
+__device__ __forceinline__ void mark(const Arguments& a, Shared& s, int what) {
   if (TRACED && blockIdx.x == TRACED - 1 && threadIdx.x == 0) {
-    __shared__ int n;
-    if (what == 0) n = 0;
-    a.trace[n++] = (u64)clock64() * 8 + what;
+    u64* at = a.trace + 4 * s.n_marks++;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(at[3]) :: "memory");
+    at[0] = (u64)clock64(), at[1] = what, at[2] = s.ring_waits;
   }
 }
 
@@ -278,7 +292,9 @@ __device__ void product(const Arguments& a, Place& place, Shared& s, u8* ring, u
     for (; done < BATCH && tile < S::TILES; ++done, tile += GRID) {
       float acc[4] = {0.f, 0.f, 0.f, 0.f};
       for (int segment = 0; segment < S::SEGMENTS; ++segment) {
+        const long long before = TRACED ? clock64() : 0;
         wait_for(&s.full[place.slot], place.parity);
+        if (TRACED && tid == 0) s.ring_waits += clock64() - before;
         const u8* from = ring + (u64)place.slot * RING_SLOT;
         if (S::INT4) {
           for (int group = warp; group < K_SEGMENT / GROUP; group += WARPS) {
@@ -367,7 +383,7 @@ __device__ void product(const Arguments& a, Place& place, Shared& s, u8* ring, u
     if (tile < S::TILES) workers_meet();
   }
   place.end<S>();
-  mark(a, 2);
+  mark(a, s, 2);
 }
 
 struct Rounded {
@@ -408,7 +424,7 @@ __device__ void stage(const Arguments& a, Shared& s, Value value) {
     if (unit < N * GROUPS) put_summed<INT4>(s, column, group, K, lane, value(column, group * GROUP + 4 * lane));
   }
   workers_meet();
-  mark(a, 1);
+  mark(a, s, 1);
 }
 
 // The same after an RMS norm. With KEEP the rows as they came are left in s.raw.
@@ -447,7 +463,7 @@ __device__ void stage_normed(const Arguments& a, Shared& s, const u16* gain, flo
     }
   }
   workers_meet();
-  mark(a, 1);
+  mark(a, s, 1);
 }
 
 __device__ __forceinline__ void unpack(uint2 four, float (&x)[4]) {
@@ -680,7 +696,7 @@ __device__ void sample(const Arguments& a, Shared& s, u32 number, int codebook) 
     }
   }
   workers_meet();
-  mark(a, 3);
+  mark(a, s, 3);
 }
 
 // ---- the predictor ----
@@ -690,7 +706,7 @@ template <int N>
 __device__ void attend_small(const Arguments& a, Shared& s, u32 number, int layer, int past) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   constexpr int WIDTH = (PH + 2 * PG) * HD, REPEATS = PH / PG;
-  const LayerGains& gains = a.gains[layer];
+  const Gains<E> gains(a.small_gains, layer);
   for (int unit = warp; unit < PH * N; unit += WARPS) {
     const int head = unit % PH, column = unit / PH, slot = column % SLOTS, own = column / SLOTS, group = head / REPEATS;
     const u64 cache = ((u64)(layer * SLOTS + slot) * PG + group) * Q * HD + 4 * lane;
@@ -757,7 +773,7 @@ __device__ void attend_small(const Arguments& a, Shared& s, u32 number, int laye
     put_summed<PREDICTOR_INT4>(s, column, head, PH * HD, lane, packed(o));
   }
   workers_meet();
-  mark(a, 4);
+  mark(a, s, 4);
 }
 
 template <int N>
@@ -769,7 +785,7 @@ __device__ void small_layers(const Arguments& a, Shared& s, u8* ring, Place& pla
     return two_bf(x + bf_low(raw), y + bf_high(raw));
   };
   for (int layer = 0; layer < PL; ++layer) {
-    const LayerGains& gains = a.gains[layer];
+    const Gains<E> gains(a.small_gains, layer);
     if (layer > 0)
       stage_normed<E, N, PREDICTOR_INT4, true>(a, s, gains.attention, a.small_eps, of_x);
     else
@@ -787,7 +803,7 @@ __device__ void small_layers(const Arguments& a, Shared& s, u8* ring, Place& pla
   }
   // What block 0 sends next says that its part of the cache is there.
   if (blockIdx.x == 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  stage_normed<E, SLOTS, false, false>(a, s, a.small_norm, a.small_eps, [&](int column, int at) {
+  stage_normed<E, SLOTS, false, false>(a, s, Gains<E>(a.small_gains, PL).attention, a.small_eps, [&](int column, int at) {
     return receive(a, exchange, (N - SLOTS + column) * E + at);
   });
   product<Head, SLOTS>(a, place, s, ring, exchange, Rounded());
@@ -804,7 +820,7 @@ __device__ __forceinline__ int n_splits(int length) {
 __device__ void attend(const Arguments& a, Shared& s, u32& exchange, int layer) {
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   constexpr int WIDTH = (H + 2 * G) * HD;
-  const LayerGains& gains = a.gains[PL + layer];
+  const Gains<D> gains(a.gains, layer);
   const u32 before = exchange, number = ++exchange;
   float* peaks = s.red;
   float* weights = peaks + WARPS * REP;
@@ -910,7 +926,7 @@ __device__ void attend(const Arguments& a, Shared& s, u32& exchange, int layer) 
     }
     workers_meet();
   }
-  mark(a, 5);
+  mark(a, s, 5);
 }
 
 // Joins the shares of all heads into s.x.
@@ -940,7 +956,7 @@ __device__ void stage_attended(const Arguments& a, Shared& s, u32 number) {
     put_summed<TALKER_INT4>(s, slot, head, H * HD, lane, packed(o));
   }
   workers_meet();
-  mark(a, 1);
+  mark(a, s, 1);
 }
 
 // The talker's next input: the sum of a frame's embeddings and its text, each addition rounded where the model rounds.
@@ -973,7 +989,7 @@ __device__ void talker_layers(const Arguments& a, Shared& s, u8* ring, Place& pl
     return two_bf(x + bf_low(raw), y + bf_high(raw));
   };
   for (int layer = 0; layer < L; ++layer) {
-    const LayerGains& gains = a.gains[PL + layer];
+    const Gains<D> gains(a.gains, layer);
     if (layer == 0)
       stage_normed<D, SLOTS, TALKER_INT4, true>(a, s, gains.attention, a.eps, [&](int column, int at) { return embedded(a, s, column, at); });
     else
@@ -1040,7 +1056,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
   }
   Place place;
   u32 exchange = *a.exchange;
-  mark(a, 0);
+  if (tid == 0) s.n_marks = 0, s.ring_waits = 0;
+  mark(a, s, 0);
   stage<D, SLOTS, false>(a, s, [&](int column, int at) { return load8(a.hidden + column * D + at); });
   product<Head0, SLOTS>(a, place, s, ring, exchange, Rounded());
   const u32 logits = exchange;
@@ -1055,7 +1072,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
   for (int codebook = 2; codebook < Q; ++codebook) small_layers<SLOTS>(a, s, ring, place, exchange, codebook);
   talker_layers(a, s, ring, place, exchange);
   if (blockIdx.x != 0) return;
-  stage_normed<D, SLOTS, false, false>(a, s, a.last_norm, a.eps, [&](int column, int at) { return receive(a, exchange, column * D + at); });
+  stage_normed<D, SLOTS, false, false>(a, s, Gains<D>(a.gains, L).attention, a.eps, [&](int column, int at) { return receive(a, exchange, column * D + at); });
   for (int i = tid; i < SLOTS * D / 8; i += WORKERS) ((uint4*)a.hidden)[i] = ((const uint4*)s.x)[i];
   if (tid == 0) *a.exchange = exchange;
   if (tid < SLOTS * Q) {

@@ -32,35 +32,42 @@ _SHARED_BYTES = 232_448
 _THREADS = 544
 
 
-class _Arguments(ctypes.Structure):
-    """``Arguments`` of frame.cu: pointers in its order, then the numbers."""
+_POINTERS = (
+    "gains", "small_gains", "projection_bias", "keys", "values", "small_keys", "small_values", "cos", "sin", "small_cos",
+    "small_sin", "seed", "frame", "past", "prompt", "n_text", "alive", "seen", "first", "residual", "texts", "codes",
+    "stops", "hidden", "boxes", "parts", "part_weights", "exchange", "trace",
+)  # fmt: skip
 
-    pointers = (
-        "stream gains small_norm last_norm projection_bias tables projected keys values small_keys small_values cos sin "
-        "small_cos small_sin seed frame past prompt n_text alive seen first residual texts codes stops hidden boxes parts "
-        "part_weights exchange trace"
-    ).split()
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in pointers),
-        ("eps", ctypes.c_float),
-        ("small_eps", ctypes.c_float),
-        ("stop_id", ctypes.c_int),
-        ("n_banned", ctypes.c_int),
-    ]
+
+def _arguments(tensors: Mapping[str, Tensor], numbers: Mapping[str, float], lists: Sequence[Sequence[Tensor | None]]) -> ctypes.Structure:
+    """``Arguments`` of frame.cu: pointers in its order, then the numbers, then its lists of pointers."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for part in lists for tensor in part]
+
+    class Arguments(ctypes.Structure):
+        _fields_ = [
+            *((name, ctypes.c_void_p) for name in _POINTERS),
+            ("eps", ctypes.c_float), ("small_eps", ctypes.c_float),
+            ("stop_id", ctypes.c_int), ("n_banned", ctypes.c_int),
+            ("lists", ctypes.c_void_p * len(addresses)),
+        ]  # fmt: skip
+
+    filled = Arguments(**{name: tensors[name].data_ptr() for name in _POINTERS}, **numbers)
+    filled.lists[:] = addresses
+    return filled
 
 
 class Persistent:
     """frame.cu for ``shapes`` (its constants), bound to ``tensors`` (its pointers by name) and ``numbers``."""
 
     def __init__(
-        self, shapes: Mapping[str, int | bool], tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
+        self, shapes: Mapping[str, int | bool], tensors: Mapping[str, Tensor], numbers: Mapping[str, float],
+        lists: Sequence[Sequence[Tensor | None]],
     ) -> None:
         device = tensors["hidden"].device
         self._n_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self._tensors = dict(tensors)
-        self._arguments = _Arguments(
-            **{name: tensors[name].data_ptr() for name in _Arguments.pointers}, **numbers
-        )
+        self._lists = [list(part) for part in lists]
+        self._arguments = _arguments(tensors, numbers, lists)
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
         self._device = device
         self._function = _function(compiled({"GRID": self._n_blocks, "MOST_SPLITS": MOST_SPLITS, **shapes}, device))
@@ -75,12 +82,6 @@ class Persistent:
                 self._parameters,
             ),
         )  # fmt: skip
-
-
-def pointers(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
-    """The addresses of ``rows`` of tensors, on the device; 0 where there is none."""
-    found = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
-    return torch.tensor(found, dtype=torch.int64, device=device)
 
 
 def compiled(shapes: Mapping[str, int | bool], device: torch.device) -> bytes:
