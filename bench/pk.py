@@ -34,7 +34,8 @@ for kind,b,mode in runs:
     if "t" not in mode:
         cap=Graph._capture; Graph._capture=lambda self: None; f.__init__(w,b,512,64); Graph._capture=cap
     t=time.time(); k=persistent(f); print(kind,b,"persistent built",round(time.time()-t,1),flush=True)
-    for name,knobs in (("greedy",speed.GREEDY),("sampled",speed.SAMPLED)):
+    S=speed.Sampling
+    for name,knobs in (("greedy",speed.GREEDY),("cold",speed.Knobs(S(0.05,50,0.95,1.05),S(0.05,50,0.9,1.0),2048)),("sampled",speed.SAMPLED)):
         pr=speed.prompts(tts,b)
         def join():
             for s,p in enumerate(pr): f.join(s,p,s,knobs.sampling,knobs.residual)

@@ -2,14 +2,16 @@
 //
 // Every multiprocessor holds one block. One of its warps does nothing but ask for weights: which tiles a block reads, and
 // in which order, is known beforehand, so they stream through a ring in shared memory without ever waiting for what is
-// computed. The other warps multiply tiles as they come and meet all other blocks where a product is done.
+// computed. The other warps multiply tiles as they come, and blocks hand each other what comes out (see "mail").
 //
-// Rows of activations are the columns (N) of the tensor cores' m16n8k16, weights its rows: up to eight rows cost as much
-// as one. Fragments are read from weights as they lie in memory; the order of inputs within a step is free as long as
-// activations follow the same one. Shapes as in frame.py; macros give the model's, see persistent.py.
+// Rows of activations are the columns of the tensor cores' m16n8k16, weights its rows: up to eight rows cost as much as
+// one. Fragments are read from weights as they lie in memory; the order of inputs within a step is free as long as
+// activations follow the same one. The code is kept small, and functions are called rather than inlined: a layer's comes
+// around every few microseconds, and what the instruction cache does not hold costs more than all arithmetic.
 //
-// GRID blocks; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key heads, layers of the talker; E, J, PH, PG,
-// PL of the predictor; V, W ids of the first and of the other codebooks; Q codebooks; CAPACITY positions; LINES of text.
+// Constants that persistent.py puts above: GRID blocks; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
+// heads, layers of the talker; E, J, PH, PG, PL of the predictor; V, W ids of the first and of the other codebooks;
+// Q codebooks; CAPACITY positions; LINES of text; MOST_SPLITS shares of a cache; TALKER_INT4, PREDICTOR_INT4, PROJECTED.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -22,56 +24,69 @@ constexpr int SLOT_BYTES = 16384, MOST_RING = 32, MOST_SHARED = 232448;
 constexpr int MIN_FRAMES = 2, ENDED = -1;
 constexpr u32 MOST_TRIES = 1u << 24;
 constexpr int COLS = 2 * SLOTS;
+constexpr int BATCH = 8;  // tiles of one row whose sums wait to be added up
+constexpr int MOST_KEPT = 64;
 
 constexpr int greater(int a, int b) { return a > b ? a : b; }
 constexpr int lesser(int a, int b) { return a < b ? a : b; }
 constexpr int divided(int a, int b) { return (a + b - 1) / b; }
+constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
-// Rows of a tile: sixteen where they fit into one slot of the ring and keep all blocks busy, else eight.
-constexpr int rows_of(int n, int row_bytes) {
-  const int wide = divided(n / 16, GRID) * 16, narrow = divided(n / 8, GRID) * 8;
-  return n % 16 == 0 && wide <= narrow && 16 * row_bytes <= SLOT_BYTES ? 16 : 8;
-}
-
-// A product's weight: N_ outputs of K_ inputs, in tiles of R rows. GATED_: gate above up, a tile has as many rows of each.
-template <int N_, int K_, bool INT4_, bool GATED_>
+// A product's weight: N outputs of K inputs, in tiles. Gated: gate above up, a tile has as many rows of each.
 struct Shape {
-  static constexpr int N = N_, K = K_;
-  static constexpr bool INT4 = INT4_, GATED = GATED_;
-  static constexpr int ROW_BYTES = INT4 ? K / 2 : 2 * K;
-  static constexpr int R = rows_of(GATED ? 2 * N : N, ROW_BYTES);
-  static constexpr int PIECES = GATED ? 2 : 1, OUT = R / PIECES;  // runs of rows of a tile; its outputs
-  static constexpr int TILES = N / OUT;
-  static constexpr int SEGMENTS = divided(ROW_BYTES * R, SLOT_BYTES);
-  static constexpr int SEGMENT = ROW_BYTES / SEGMENTS;  // bytes of a row in one slot of the ring
-  static constexpr int GROUPS = K / GROUP;
-  static constexpr int TABLE_BYTES = INT4 ? R * GROUPS * 3 : 0;  // float16 scales, then zero points, of the whole tile
-  static_assert(N % OUT == 0 && OUT % 2 == 0 && ROW_BYTES % SEGMENTS == 0 && SEGMENT % 64 == 0 && K % GROUP == 0,
-                "rows must split evenly");
-  static_assert(!INT4 || OUT * GROUPS % 16 == 0, "zero points are copied 16 at a time");
+  int n, k, int4;
+  int rows, outs, pieces;  // of a tile: rows, outputs, runs of rows
+  int tiles, row_bytes;
+  int segments, segment;  // parts of a tile that fit into the ring's slots, bytes of a row in each
+  int groups, tables;     // of a row; bytes of a tile's float16 scales and, behind them, its zero points
+  constexpr Shape(int n, int k, bool int4, bool gated)
+      : n(n), k(k), int4(int4),
+        // Sixteen where they fit into a slot and keep all blocks busy.
+        rows(int4 && 8 * k <= SLOT_BYTES && divided(n * (1 + gated) / 16, GRID) * 2 <= divided(n * (1 + gated) / 8, GRID) ? 16 : 8),
+        outs(gated ? rows / 2 : rows), pieces(1 + gated), tiles(n / outs), row_bytes(int4 ? k / 2 : 2 * k),
+        segments(divided(row_bytes * rows, SLOT_BYTES)), segment(row_bytes / segments), groups(k / GROUP),
+        tables(int4 ? rows * groups * 3 : 0) {}
+  constexpr bool fits() const {
+    return n % outs == 0 && row_bytes % segments == 0 && segment % 64 == 0 && k % GROUP == 0 && (!int4 || outs * groups % 16 == 0);
+  }
 };
 
-typedef Shape<V, D, false, false> Head0;
-typedef Shape<E, D, false, false> Projection;
-typedef Shape<(H + 2 * G) * HD, D, TALKER_INT4, false> Qkv;
-typedef Shape<D, H * HD, TALKER_INT4, false> Out;
-typedef Shape<I, D, TALKER_INT4, true> GateUp;
-typedef Shape<D, I, TALKER_INT4, false> Down;
-typedef Shape<(PH + 2 * PG) * HD, E, PREDICTOR_INT4, false> SmallQkv;
-typedef Shape<E, PH * HD, PREDICTOR_INT4, false> SmallOut;
-typedef Shape<J, E, PREDICTOR_INT4, true> SmallGateUp;
-typedef Shape<E, J, PREDICTOR_INT4, false> SmallDown;
-typedef Shape<W, E, false, false> Head;
+enum { HEAD0, PROJECTION, QKV, OUT, GATE_UP, DOWN, SMALL_QKV, SMALL_OUT, SMALL_GATE_UP, SMALL_DOWN, HEAD, SHAPES };
+constexpr int QKV_N = (H + 2 * G) * HD, SMALL_QKV_N = (PH + 2 * PG) * HD;
+__constant__ constexpr Shape shapes[SHAPES] = {
+    Shape(V, D, false, false), Shape(E, D, false, false),
+    Shape(QKV_N, D, TALKER_INT4, false), Shape(D, H * HD, TALKER_INT4, false),
+    Shape(I, D, TALKER_INT4, true), Shape(D, I, TALKER_INT4, false),
+    Shape(SMALL_QKV_N, E, PREDICTOR_INT4, false), Shape(E, PH * HD, PREDICTOR_INT4, false),
+    Shape(J, E, PREDICTOR_INT4, true), Shape(E, J, PREDICTOR_INT4, false),
+    Shape(W, E, false, false),
+};
+constexpr int most_tables() {
+  int most = 0;
+  for (int i = 0; i < SHAPES; ++i) most = greater(most, shapes[i].tables);
+  return most;
+}
+constexpr bool all_fit() {
+  for (int i = 0; i < SHAPES; ++i)
+    if (!shapes[i].fits()) return false;
+  return true;
+}
+// See "mail": of two products in a row every block must have a tile of one.
+constexpr bool all_take_part() {
+  for (int i = 0; i < SHAPES; ++i)
+    if (2 * shapes[i].tiles < GRID) return false;
+  return true;
+}
+static_assert(all_fit(), "rows must split evenly");
+static_assert(all_take_part(), "too few rows for so many blocks");
+static_assert((D & (D - 1)) == 0 && (E & (E - 1)) == 0 && D <= 128 * WARPS && E <= 128 * WARPS, "widths are powers of two");
 
-constexpr int TABLE_ROOM = divided(
-    greater(greater(greater(Qkv::TABLE_BYTES, Out::TABLE_BYTES), greater(GateUp::TABLE_BYTES, Down::TABLE_BYTES)),
-            greater(greater(SmallQkv::TABLE_BYTES, SmallOut::TABLE_BYTES),
-                    greater(SmallGateUp::TABLE_BYTES, SmallDown::TABLE_BYTES))), 128) * 128;
+constexpr int TABLE_ROOM = divided(most_tables(), 128) * 128;
 constexpr int RING_SLOT = SLOT_BYTES + TABLE_ROOM;
 constexpr int WIDEST = greater(greater(greater(D, I), H * HD) * SLOTS, greater(greater(E, J), PH * HD) * COLS);
 constexpr int WIDE_D = greater(D * SLOTS, E * COLS);
 constexpr int REP = H / G;
-constexpr int RED_FLOATS = greater(16 * WARPS * 8, WARPS * REP * (HD + 2) + (REP + 2) * HD);
+constexpr int RED_FLOATS = greater(16 * WARPS * BATCH, WARPS * REP * (HD + 2) + (REP + 2) * HD);
 
 struct Weight { const u8* values; const u8* scales; const u8* zeros; };
 constexpr int WEIGHTS = 1 + PROJECTED + 4 * PL + (Q - 1) + 4 * L;
@@ -106,10 +121,31 @@ struct Gains {
       : attention(all + layer * 2 * (WIDTH + HD)), query(attention + WIDTH), key(query + HD), mlp(key + HD) {}
 };
 
+struct Shared {
+  u64 full[MOST_RING], empty[MOST_RING];
+  alignas(16) Arguments arguments;
+  alignas(16) float red[RED_FLOATS];  // what warps add up
+  alignas(16) u16 x[WIDEST];          // a product's activations, in the order in which its weight is read
+  alignas(16) u16 raw[WIDE_D];        // the residual stream as it came in
+  float squares[WIDE_D / GROUP];
+  float sums[WIDEST / GROUP];
+  float score[SLOTS][MOST_KEPT], sorted[SLOTS][MOST_KEPT];
+  int ids[SLOTS][MOST_KEPT], sorted_ids[SLOTS][MOST_KEPT];
+  int counts[SLOTS][16];
+  int code[SLOTS][Q];
+  int frame[SLOTS], alive[SLOTS], prompt[SLOTS];
+  u64 ring_waits;
+  int n_marks;
+};
+constexpr int RING = lesser(MOST_RING, (MOST_SHARED - (int)sizeof(Shared)) / RING_SLOT);
+static_assert(RING >= 4, "the model's rows leave no room for its weights");
+extern __shared__ __align__(128) u8 memory[];  // the ring, then what is shared
+#define s (*(Shared*)(memory + RING * RING_SLOT))
+#define given (s.arguments)
+
 // ---- bits of PTX ----
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ float bf(u16 x) { return __uint_as_float((u32)x << 16); }
 __device__ __forceinline__ float bf_low(u32 x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float bf_high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
 __device__ __forceinline__ u32 two_bf(float low, float high) {
@@ -117,8 +153,7 @@ __device__ __forceinline__ u32 two_bf(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-__device__ __forceinline__ u16 to_bf(float x) { return (u16)two_bf(x, 0.f); }
-__device__ __forceinline__ float rounded(float x) { return bf(to_bf(x)); }
+__device__ __forceinline__ float rounded(float x) { return bf_low(two_bf(x, 0.f)); }
 __device__ __forceinline__ float half(u16 x) {
   float r;
   asm("{.reg .f16 h; mov.b16 h, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "h"(x));
@@ -137,37 +172,34 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
   return x;
 }
-
-// ---- the ring ----
-
-struct Shared {
-  u64 full[MOST_RING], empty[MOST_RING];
-  u64 ring_waits;
-  int n_marks;
-  alignas(16) float red[RED_FLOATS];
-  float squares[WIDE_D / GROUP];
-  float sums[WIDEST / GROUP];
-  int code[SLOTS][Q];
-  int frame[SLOTS], alive[SLOTS], prompt[SLOTS];
-  float picked[SLOTS][3 * 64 + 64];
-  int counts[SLOTS][16];
-  alignas(16) u16 x[WIDEST];    // a product's activations, in the order in which its weight is read
-  alignas(16) u16 raw[WIDE_D];  // the residual stream as it came in
-};
-
-constexpr int RING = lesser(MOST_RING, (MOST_SHARED - (int)sizeof(Shared)) / RING_SLOT);
-static_assert(RING >= 4, "the model's rows leave no room for its weights");
-
+__device__ __forceinline__ void unpack(uint2 four, float (&x)[4]) {
+  x[0] = bf_low(four.x), x[1] = bf_high(four.x), x[2] = bf_low(four.y), x[3] = bf_high(four.y);
+}
+__device__ __forceinline__ uint2 packed(const float (&x)[4]) { return make_uint2(two_bf(x[0], x[1]), two_bf(x[2], x[3])); }
+__device__ __forceinline__ float dot(const float (&p)[4], const float (&q)[4]) {
+  return p[0] * q[0] + p[1] * q[1] + p[2] * q[2] + p[3] * q[3];
+}
 // An error is better than a GPU that never comes back.
 __device__ __forceinline__ void give_up(u32 tries) {
   if (tries > MOST_TRIES) asm volatile("trap;");
 }
+
+// The moments of one block's frame, where they are asked for: 1 rows are ready, 2 sent, 3 drawn, 4 and 5 attended.
+__device__ __forceinline__ void mark(int what) {
+  if (TRACED && blockIdx.x == TRACED - 1 && threadIdx.x == 0) {
+    u64* at = given.trace + 4 * s.n_marks++;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(at[3]) :: "memory");
+    at[0] = (u64)clock64(), at[1] = what, at[2] = s.ring_waits;
+  }
+}
+
+// ---- the ring ----
+
 __device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
   u32 passed, tries = 0;
   do {
@@ -198,279 +230,328 @@ struct Place {
   }
   // Tiles are dealt in turn over all products, so that no block has more to read than another.
   __device__ __forceinline__ int begin() const {
-    int first = (int)blockIdx.x - base;
+    const int first = (int)blockIdx.x - base;
     return first < 0 ? first + GRID : first;
   }
-  template <class S> __device__ __forceinline__ void end() { base = (base + S::TILES) % GRID; }
+  __device__ __forceinline__ void end(int tiles) { base = (base + tiles) % GRID; }
 };
 
-template <class S>
-__device__ void feed(const Weight& weight, Place& place, Shared& s, u8* ring, u64 policy) {
+// Asks for this block's tiles of a weight, as slots of the ring become free.
+__device__ __noinline__ Place feed(Place place, int which, int weight, u64 policy) {
   const int lane = threadIdx.x & 31;
-  for (int tile = place.begin(); tile < S::TILES; tile += GRID) {
-    for (int segment = 0; segment < S::SEGMENTS; ++segment) {
+  const Shape m = shapes[which];
+  const Weight w = given.stream[weight];
+  const bool whole = m.segments == 1;
+#pragma unroll 1
+  for (int tile = place.begin(); tile < m.tiles; tile += GRID) {
+#pragma unroll 1
+    for (int segment = 0; segment < m.segments; ++segment) {
       wait_for(&s.empty[place.slot], place.parity ^ 1);
-      u8* to = ring + (u64)place.slot * RING_SLOT;
+      u8* to = memory + place.slot * RING_SLOT;
       u64* gate = &s.full[place.slot];
-      if (lane == 0) expect(gate, S::R * S::SEGMENT + S::TABLE_BYTES);
+      if (lane == 0) expect(gate, m.rows * m.segment + m.tables);
       __syncwarp();
-      if (S::SEGMENTS == 1) {
-        // Whole rows lie one behind the other.
-        if (lane < S::PIECES)
-          fetch(to + lane * S::OUT * S::ROW_BYTES, weight.values + (u64)(tile * S::OUT + lane * S::N) * S::ROW_BYTES,
-                S::OUT * S::ROW_BYTES, gate, policy);
-      } else if (lane < S::R) {
-        const int row = tile * S::OUT + lane % S::OUT + (lane >= S::OUT ? S::N : 0);
-        fetch(to + lane * S::SEGMENT, weight.values + (u64)row * S::ROW_BYTES + segment * S::SEGMENT, S::SEGMENT, gate, policy);
+      // Whole rows lie one behind the other.
+      if (lane < (whole ? m.pieces : m.rows)) {
+        const int rows = whole ? m.outs : 1, row = whole ? lane * m.n : lane % m.outs + (lane >= m.outs ? m.n : 0);
+        fetch(to + lane * rows * m.segment, w.values + (u64)(tile * m.outs + row) * m.row_bytes + segment * m.segment,
+              rows * m.segment, gate, policy);
       }
-      if (S::INT4 && lane >= 16 && lane < 16 + 2 * S::PIECES) {
-        const int piece = (lane - 16) >> 1, row = tile * S::OUT + piece * S::N, at = piece * S::OUT * S::GROUPS;
+      if (m.int4 && lane >= 16 && lane < 16 + 2 * m.pieces) {
+        const int piece = (lane - 16) >> 1, row = tile * m.outs + piece * m.n, at = piece * m.outs * m.groups;
         if (lane & 1)
-          fetch(to + SLOT_BYTES + 2 * S::R * S::GROUPS + at, weight.zeros + (u64)row * S::GROUPS, S::OUT * S::GROUPS, gate, policy);
+          fetch(to + SLOT_BYTES + 2 * m.rows * m.groups + at, w.zeros + (u64)row * m.groups, m.outs * m.groups, gate, policy);
         else
-          fetch(to + SLOT_BYTES + 2 * at, weight.scales + 2 * (u64)row * S::GROUPS, 2 * S::OUT * S::GROUPS, gate, policy);
+          fetch(to + SLOT_BYTES + 2 * at, w.scales + 2 * (u64)row * m.groups, 2 * m.outs * m.groups, gate, policy);
       }
       place.next();
     }
   }
-  place.end<S>();
-}
-
-// The moments of one block's frame, where they are asked for: 1 rows are ready, 2 sent, 3 drawn, 4 and 5 attended.
-__device__ __forceinline__ void mark(const Arguments& a, Shared& s, int what) {
-  if (TRACED && blockIdx.x == TRACED - 1 && threadIdx.x == 0) {
-    u64* at = a.trace + 4 * s.n_marks++;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(at[3]) :: "memory");
-    at[0] = (u64)clock64(), at[1] = what, at[2] = s.ring_waits;
-  }
+  place.end(m.tiles);
+  return place;
 }
 
 // ---- mail: what blocks hand each other ----
 //
-// Every four bytes travel with the number of their exchange, eight bytes written at once, and are read again and again until
-// that number is there. So nobody waits for more than what he needs, and no fence is needed between the two. Boxes are
-// taken in turn, four of them: a block writes into the one of exchange n + 4 only when all that was sent in n + 3 is there,
-// which took all of n + 2, and so on; and of any two products in a row every block has a tile of one (checked below), so
-// by then everyone has read exchange n.
+// Every four bytes travel with the number of their exchange, eight bytes written at once, and are read again and again
+// until that number is there. So nobody waits for more than what he needs, and no fence is needed between the two. Boxes
+// are taken in turn, four of them: a block writes into the one of exchange n + 4 only when all that was sent in n + 3 is
+// there, which took all of n + 2, and so on; and of any two products in a row every block has a tile of one, so by then
+// everyone has read exchange n.
 
 constexpr int BOXES = 4;
-constexpr int BOX = greater(greater(greater(Qkv::N, I), greater(V, D)) * SLOTS, greater(SmallQkv::N, greater(J, E)) * COLS) / 2;
+constexpr int BOX = greater(greater(greater(QKV_N, I), greater(V, D)) * SLOTS, greater(SMALL_QKV_N, greater(J, E)) * COLS) / 2;
 
-__device__ __forceinline__ void send(const Arguments& a, u32 number, int pair, u32 what) {
+__device__ __forceinline__ void send(u32 number, int pair, u32 what) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};"
-               ::"l"(a.boxes + (u64)(number % BOXES) * BOX + pair), "r"(what), "r"(number) : "memory");
+               ::"l"(given.boxes + (number % BOXES) * BOX + pair), "r"(what), "r"(number) : "memory");
 }
 __device__ __forceinline__ void send_floats(u64* to, u32 number, float x, float y) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %2};"
                ::"l"(to), "r"(__float_as_uint(x)), "r"(number), "r"(__float_as_uint(y)) : "memory");
 }
-__device__ __forceinline__ uint2 receive_from(const u64* from, u32 number) {
-  u32 x, y, m, n, tries = 0;
+// Waits for M times eight bytes, all asked for at once; those that are not wanted are left as they are.
+template <int M>
+__device__ __forceinline__ void receive(uint2 (&got)[M], const u64* const (&from)[M], const bool (&wanted)[M], u32 number) {
+  u32 tries = 0;
+  bool there;
   do {
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x), "=r"(m), "=r"(y), "=r"(n) : "l"(from) : "memory");
+    u32 m[M], n[M];
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      m[i] = n[i] = number;
+      if (wanted[i])
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(got[i].x), "=r"(m[i]), "=r"(got[i].y), "=r"(n[i]) : "l"(from[i]) : "memory");
+    }
+    there = true;
+#pragma unroll
+    for (int i = 0; i < M; ++i) there = there && m[i] == number && n[i] == number;
     give_up(++tries);
-  } while (m != number || n != number);
-  return make_uint2(x, y);
+  } while (!there);
 }
-// Four bfloat16 of exchange ``number``, from the ``at``-th on.
-__device__ __forceinline__ uint2 receive(const Arguments& a, u32 number, int at) {
-  return receive_from(a.boxes + (u64)(number % BOXES) * BOX + at / 2, number);
+// Where four bfloat16 of an exchange are, from the at-th on.
+__device__ __forceinline__ const u64* box(u32 number, int at) { return given.boxes + (number % BOXES) * BOX + at / 2; }
+__device__ __forceinline__ uint2 receive(u32 number, int at) {
+  uint2 got[1];
+  const u64* const from[1] = {box(number, at)};
+  const bool wanted[1] = {true};
+  receive<1>(got, from, wanted, number);
+  return got[0];
 }
 
 // ---- products ----
 
-// Sends the product of the N rows in s.x: its outputs in pairs, as ``finish`` makes them of float32.
-template <class S, int N, class Finish>
-__device__ void product(const Arguments& a, Place& place, Shared& s, u8* ring, u32& exchange, Finish finish) {
-  const u32 number = ++exchange;
+enum { ROUNDED, ONTO_STREAM, WITH_BIAS };
+
+// Sends the product of the rows in s.x, 1 << columns_log of them: outputs in pairs, finished in float32.
+template <bool INT4>
+__device__ __noinline__ Place product(Place place, int which, int columns_log, u32 number, int finish) {
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  constexpr int BATCH = greater(1, 8 / N);
-  constexpr int K_SEGMENT = S::K / S::SEGMENTS;
+  const Shape m = shapes[which];
+  const bool wide = INT4 && m.rows == 16, mine = g < (1 << columns_log);
+  const int batch = greater(1, BATCH >> columns_log), a_warp = m.rows << columns_log;
+  const int k_segment = m.k / m.segments, steps = k_segment / (INT4 ? GROUP : 32);
   int tile = place.begin();
-  while (tile < S::TILES) {
-    int first = tile, done = 0;
-    for (; done < BATCH && tile < S::TILES; ++done, tile += GRID) {
-      float acc[4] = {0.f, 0.f, 0.f, 0.f};
-      for (int segment = 0; segment < S::SEGMENTS; ++segment) {
+#pragma unroll 1
+  while (tile < m.tiles) {
+    const int first = tile;
+    int done = 0;
+#pragma unroll 1
+    for (; done < batch && tile < m.tiles; ++done, tile += GRID) {
+      float acc[4] = {0.f, 0.f, 0.f, 0.f}, more[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+      for (int segment = 0; segment < m.segments; ++segment) {
         const long long before = TRACED ? clock64() : 0;
         wait_for(&s.full[place.slot], place.parity);
         if (TRACED && tid == 0) s.ring_waits += clock64() - before;
-        const u8* from = ring + (u64)place.slot * RING_SLOT;
-        if (S::INT4) {
-          for (int group = warp; group < K_SEGMENT / GROUP; group += WARPS) {
-            const int in_row = segment * (K_SEGMENT / GROUP) + group;
-            uint4 low = *(const uint4*)(from + g * S::SEGMENT + group * 64 + t * 16);
-            uint4 high = S::R == 16 ? *(const uint4*)(from + (g + 8) * S::SEGMENT + group * 64 + t * 16) : make_uint4(0, 0, 0, 0);
-            float c[4] = {0.f, 0.f, 0.f, 0.f};
-            const u16* mine = s.x + g * S::K + in_row * GROUP + t * 32;
+        const u8* from = memory + place.slot * RING_SLOT;
+        const u8* row = from + g * m.segment + t * 16;
+        const u16* x = s.x + g * m.k + segment * k_segment;
+        if (!INT4) {
+#pragma unroll 2
+          for (int step = warp; step < steps; step += WARPS) {
+            const uint4 low = *(const uint4*)(row + step * 64);
+            const uint4 b = mine ? *(const uint4*)(x + step * 32 + t * 8) : make_uint4(0, 0, 0, 0);
+            multiply(acc, low.x, 0, low.y, 0, b.x, b.y);
+            multiply(more, low.z, 0, low.w, 0, b.z, b.w);
+          }
+        } else {
+          const u16* scales = (const u16*)(from + SLOT_BYTES);
+          const u8* zeros = from + SLOT_BYTES + 2 * m.rows * m.groups;
+#pragma unroll 1
+          for (int step = warp; step < steps; step += WARPS) {
+            const uint4 low = *(const uint4*)(row + step * 64);
+            const uint4 high = wide ? *(const uint4*)(row + 8 * m.segment + step * 64) : make_uint4(0, 0, 0, 0);
+            float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
+            const u32 w[4] = {low.x, low.y, low.z, low.w}, v[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              uint4 b = g < N ? *(const uint4*)(mine + e * 8) : make_uint4(0, 0, 0, 0);
-              u32 w = e == 0 ? low.x : e == 1 ? low.y : e == 2 ? low.z : low.w;
-              u32 v = e == 0 ? high.x : e == 1 ? high.y : e == 2 ? high.z : high.w;
+              const uint4 b = mine ? *(const uint4*)(x + step * GROUP + t * 32 + e * 8) : make_uint4(0, 0, 0, 0);
               u32 p[4], q[4];
 #pragma unroll
               for (int i = 0; i < 4; ++i) {
-                p[i] = ((w >> (4 * i)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
-                q[i] = S::R == 16 ? ((v >> (4 * i)) & 0x000f000fu) | 0x43004300u : 0u;
+                p[i] = ((w[e] >> (4 * i)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
+                q[i] = ((v[e] >> (4 * i)) & 0x000f000fu) | 0x43004300u;
               }
-              multiply(c, p[0], q[0], p[1], q[1], b.x, b.y);
-              multiply(c, p[2], q[2], p[3], q[3], b.z, b.w);
+              multiply(c[0], p[0], q[0], p[1], q[1], b.x, b.y);
+              multiply(c[1], p[2], q[2], p[3], q[3], b.z, b.w);
             }
-            const u16* scales = (const u16*)(from + SLOT_BYTES);
-            const u8* zeros = from + SLOT_BYTES + 2 * S::R * S::GROUPS;
-            if (2 * t < N) {
-              float sum0 = s.sums[(2 * t) * S::GROUPS + in_row];
-              float sum1 = 2 * t + 1 < N ? s.sums[(2 * t + 1) * S::GROUPS + in_row] : 0.f;
-              float scale = half(scales[g * S::GROUPS + in_row]), zero = 128.f + zeros[g * S::GROUPS + in_row];
-              acc[0] += scale * (c[0] - zero * sum0);
-              acc[1] += scale * (c[1] - zero * sum1);
-              if (S::R == 16) {
-                scale = half(scales[(g + 8) * S::GROUPS + in_row]), zero = 128.f + zeros[(g + 8) * S::GROUPS + in_row];
-                acc[2] += scale * (c[2] - zero * sum0);
-                acc[3] += scale * (c[3] - zero * sum1);
+            if (2 * t < (1 << columns_log)) {
+              const int in_row = segment * steps + step;
+              const float sum0 = s.sums[2 * t * m.groups + in_row];
+              const float sum1 = columns_log ? s.sums[(2 * t + 1) * m.groups + in_row] : 0.f;
+              float scale = half(scales[g * m.groups + in_row]), zero = 128.f + zeros[g * m.groups + in_row];
+              acc[0] += scale * (c[0][0] + c[1][0] - zero * sum0);
+              acc[1] += scale * (c[0][1] + c[1][1] - zero * sum1);
+              if (wide) {
+                scale = half(scales[(g + 8) * m.groups + in_row]), zero = 128.f + zeros[(g + 8) * m.groups + in_row];
+                acc[2] += scale * (c[0][2] + c[1][2] - zero * sum0);
+                acc[3] += scale * (c[0][3] + c[1][3] - zero * sum1);
               }
             }
-          }
-        } else {
-          for (int step = warp; step < K_SEGMENT / 32; step += WARPS) {
-            uint4 low = *(const uint4*)(from + g * S::SEGMENT + step * 64 + t * 16);
-            uint4 high = S::R == 16 ? *(const uint4*)(from + (g + 8) * S::SEGMENT + step * 64 + t * 16) : make_uint4(0, 0, 0, 0);
-            uint4 b = g < N ? *(const uint4*)(s.x + g * S::K + segment * K_SEGMENT + step * 32 + t * 8) : make_uint4(0, 0, 0, 0);
-            multiply(acc, low.x, high.x, low.y, high.y, b.x, b.y);
-            multiply(acc, low.z, high.z, low.w, high.w, b.z, b.w);
           }
         }
         __syncwarp();
         if (lane == 0) arrive(&s.empty[place.slot]);
         place.next();
       }
-      float* red = s.red + (done * WARPS + warp) * S::R * N;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        int column = 2 * t + (i & 1), row = g + (i >> 1) * 8;
-        if (column < N && row < S::R) red[row * N + column] = acc[i];
+      float* red = s.red + (done * WARPS + warp) * a_warp + (g << columns_log) + 2 * t;
+      if (2 * t < (1 << columns_log)) {
+        red[0] = acc[0] + more[0];
+        if (columns_log) red[1] = acc[1] + more[1];
+        if (wide) {
+          red[8 << columns_log] = acc[2];
+          if (columns_log) red[(8 << columns_log) + 1] = acc[3];
+        }
       }
     }
     workers_meet();
     // Four threads add up two outputs.
-    for (int out = tid; out < done * S::OUT / 2 * N * 4; out += WORKERS) {
-      const int part = out & 3, which = (out >> 2) / (S::OUT / 2 * N), inside = (out >> 2) % (S::OUT / 2 * N);
-      const int row = 2 * (inside / N), column = inside % N;
-      const float* red = s.red + ((which * WARPS + part) * S::R + row) * N + column;
+    const int pairs_log = columns_log + (m.outs == 16 ? 3 : m.outs == 8 ? 2 : 1);
+#pragma unroll 1
+    for (int out = tid; out < done << (pairs_log + 2); out += WORKERS) {
+      const int part = out & 3, nth = out >> (pairs_log + 2), inside = (out >> 2) & ((1 << pairs_log) - 1);
+      const int row = 2 * (inside >> columns_log), column = inside & ((1 << columns_log) - 1);
+      const float* red = s.red + (nth * WARPS + part) * a_warp + (row << columns_log) + column;
+      const int next = 1 << columns_log, up = m.outs << columns_log;
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-      for (int w = 0; w < WARPS; w += 4) {
-        const float* from = red + w * S::R * N;
-        sums[0] += from[0], sums[1] += from[N];
-        if (S::GATED) sums[2] += from[S::OUT * N], sums[3] += from[(S::OUT + 1) * N];
+      for (int w = 0; w < WARPS / 4; ++w, red += 4 * a_warp) {
+        sums[0] += red[0], sums[1] += red[next];
+        if (m.pieces == 2) sums[2] += red[up], sums[3] += red[up + next];
       }
       const u32 quad = 0xfu << (lane & ~3);
 #pragma unroll
-      for (int i = 0; i < (S::GATED ? 4 : 2); ++i) {
+      for (int i = 0; i < 4; ++i) {
         sums[i] += __shfl_xor_sync(quad, sums[i], 1);
         sums[i] += __shfl_xor_sync(quad, sums[i], 2);
       }
-      if (S::GATED) {
-        sums[0] = sums[0] / (1.f + __expf(-sums[0])) * sums[2];
-        sums[1] = sums[1] / (1.f + __expf(-sums[1])) * sums[3];
-      }
       if (part == 0) {
-        const int at = (first + which * GRID) * S::OUT + row;
-        send(a, number, (column * S::N + at) / 2, finish(at, column, sums[0], sums[1]));
+        const int at = (first + nth * GRID) * m.outs + row;
+        float x = sums[0], y = sums[1];
+        if (m.pieces == 2) {
+          x = __fdividef(x, 1.f + __expf(-x)) * sums[2];
+          y = __fdividef(y, 1.f + __expf(-y)) * sums[3];
+        } else if (finish != ROUNDED) {
+          const u32 base = finish == ONTO_STREAM ? *(const u32*)(s.raw + column * m.n + at) : *(const u32*)(given.projection_bias + at);
+          x += bf_low(base), y += bf_high(base);
+        }
+        send(number, (column * m.n + at) / 2, two_bf(x, y));
       }
     }
-    if (tile < S::TILES) workers_meet();
+    if (tile < m.tiles) workers_meet();
   }
-  place.end<S>();
-  mark(a, s, 2);
+  place.end(m.tiles);
+  mark(2);
+  return place;
 }
-
-struct Rounded {
-  __device__ __forceinline__ u32 operator()(int, int, float x, float y) const { return two_bf(x, y); }
-};
 
 // ---- activations ----
 
-// Four inputs of a group, from 4 * lane on, to where the weight's fragments want them.
+// Four inputs of a group, from 4 * lane on, to where the weight's fragments want them; and the group's sum.
 template <bool INT4>
-__device__ __forceinline__ void put(u16* group, int lane, uint2 four) {
+__device__ __forceinline__ void put(int column, int group, int k, int lane, uint2 four) {
+  u16* to = s.x + column * k + group * GROUP;
   if (!INT4) {
-    *(uint2*)(group + 4 * lane) = four;
+    *(uint2*)(to + 4 * lane) = four;
   } else {
-    int j = lane >> 2, t = lane & 3;
-    u16* to = group + t * 32 + (j & 3) * 2 + (j >> 2);
+    const int j = lane >> 2, t = lane & 3;
+    to += t * 32 + (j & 3) * 2 + (j >> 2);
     to[0] = (u16)four.x, to[8] = (u16)(four.x >> 16), to[16] = (u16)four.y, to[24] = (u16)(four.y >> 16);
-  }
-}
-
-template <bool INT4>
-__device__ __forceinline__ void put_summed(Shared& s, int column, int group, int k, int lane, uint2 four) {
-  put<INT4>(s.x + column * k + group * GROUP, lane, four);
-  if (INT4) {
-    float sum = warp_sum(bf_low(four.x) + bf_high(four.x) + bf_low(four.y) + bf_high(four.y));
+    const float sum = warp_sum(bf_low(four.x) + bf_high(four.x) + bf_low(four.y) + bf_high(four.y));
     if (lane == 0) s.sums[column * (k / GROUP) + group] = sum;
   }
 }
 
-// Puts N rows [K] into s.x as the next product wants them; ``value(column, at)`` gives four from the at-th on.
-template <int K, int N, bool INT4, class Value>
-__device__ void stage(const Arguments& a, Shared& s, Value value) {
-  constexpr int GROUPS = K / GROUP, UNITS = divided(N * GROUPS, WARPS);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+// Puts rows [k] that arrive by mail (or, with number 0, the hidden states) into s.x, as the next product wants them.
+template <bool INT4>
+__device__ __noinline__ void stage(int k, int columns, u32 number) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = k / GROUP;
+#pragma unroll 1
+  for (int column = 0; column < columns; ++column)
+#pragma unroll 1
+    for (int start = warp; start < groups; start += 3 * WARPS) {
+      uint2 four[3];
+      const u64* from[3];
+      bool wanted[3];
 #pragma unroll
-  for (int i = 0; i < UNITS; ++i) {
-    const int unit = warp + i * WARPS, column = unit / GROUPS, group = unit % GROUPS;
-    if (unit < N * GROUPS) put_summed<INT4>(s, column, group, K, lane, value(column, group * GROUP + 4 * lane));
-  }
+      for (int i = 0; i < 3; ++i) {
+        const int at = column * k + (start + i * WARPS) * GROUP + 4 * lane;
+        wanted[i] = start + i * WARPS < groups;
+        from[i] = box(number, at);
+        if (number == 0 && wanted[i]) four[i] = load8(given.hidden + at);
+      }
+      if (number != 0) receive<3>(four, from, wanted, number);
+#pragma unroll
+      for (int i = 0; i < 3; ++i)
+        if (wanted[i]) put<INT4>(column, start + i * WARPS, k, lane, four[i]);
+    }
   workers_meet();
-  mark(a, s, 1);
+  mark(1);
 }
 
-// The same after an RMS norm. With KEEP the rows as they came are left in s.raw.
-template <int K, int N, bool INT4, bool KEEP, class Value>
-__device__ void stage_normed(const Arguments& a, Shared& s, const u16* gain, float eps, Value value) {
-  constexpr int GROUPS = K / GROUP, UNITS = divided(N * GROUPS, WARPS);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  uint2 four[UNITS], by[UNITS];
-  // What does not depend on other blocks is asked for before what does.
+// The talker's next input: the sum of a frame's embeddings and its text, each addition rounded where the model rounds.
+__device__ __forceinline__ uint2 embedded(int slot, int at) {
+  float sum[4] = {0.f, 0.f, 0.f, 0.f}, x[4], t[4];
+  const int line = min(s.frame[slot], given.n_text[slot] - 1);
+  const uint2 text = load8(given.texts + ((u64)slot * LINES + line) * D + at);
+  const uint2 first = load8(given.tables[0] + (u64)s.code[slot][0] * D + at);
+#pragma unroll 5
+  for (int codebook = 1; codebook < Q; ++codebook) {
+    unpack(load8(given.tables[codebook] + (u64)s.code[slot][codebook] * D + at), x);
 #pragma unroll
-  for (int i = 0; i < UNITS; ++i) by[i] = load8(gain + (warp + i * WARPS) % GROUPS * GROUP + 4 * lane);
-#pragma unroll
-  for (int i = 0; i < UNITS; ++i) {
-    const int unit = warp + i * WARPS, column = unit / GROUPS, group = unit % GROUPS;
-    if (unit < N * GROUPS) {
-      four[i] = value(column, group * GROUP + 4 * lane);
-      if (KEEP) *(uint2*)(s.raw + column * K + group * GROUP + 4 * lane) = four[i];
-      float x = bf_low(four[i].x), y = bf_high(four[i].x), z = bf_low(four[i].y), w = bf_high(four[i].y);
-      float square = warp_sum(x * x + y * y + z * z + w * w);
-      if (lane == 0) s.squares[column * GROUPS + group] = square;
-    }
+    for (int j = 0; j < 4; ++j) sum[j] += x[j];
   }
-  workers_meet();
+  unpack(first, x);
+  unpack(text, t);
 #pragma unroll
-  for (int i = 0; i < UNITS; ++i) {
-    const int unit = warp + i * WARPS, column = unit / GROUPS, group = unit % GROUPS;
-    if (unit < N * GROUPS) {
-      float square = 0.f;
-      for (int j = lane; j < GROUPS; j += 32) square += s.squares[column * GROUPS + j];
-      float rstd = rsqrtf(warp_sum(square) / K + eps);
-      u32 low = two_bf(bf_low(four[i].x) * rstd, bf_high(four[i].x) * rstd);
-      u32 high = two_bf(bf_low(four[i].y) * rstd, bf_high(four[i].y) * rstd);
-      uint2 normed = {two_bf(bf_low(low) * bf_low(by[i].x), bf_high(low) * bf_high(by[i].x)),
-                      two_bf(bf_low(high) * bf_low(by[i].y), bf_high(high) * bf_high(by[i].y))};
-      put_summed<INT4>(s, column, group, K, lane, normed);
-    }
-  }
-  workers_meet();
-  mark(a, s, 1);
+  for (int j = 0; j < 4; ++j) sum[j] = rounded(x[j] + rounded(sum[j])) + t[j];
+  return packed(sum);
 }
 
-__device__ __forceinline__ void unpack(uint2 four, float (&x)[4]) {
-  x[0] = bf_low(four.x), x[1] = bf_high(four.x), x[2] = bf_low(four.y), x[3] = bf_high(four.y);
-}
-__device__ __forceinline__ uint2 packed(const float (&x)[4]) {
-  return make_uint2(two_bf(x[0], x[1]), two_bf(x[2], x[3]));
+enum { MAIL, CODES, FRAME };
+
+// The same after an RMS norm: rows from the mail, or the embeddings of the code before ``codebook``, or of the whole
+// frame; the first ``skipped`` rows are left out. The rows as they came are left in s.raw.
+template <bool INT4>
+__device__ __noinline__ void stage_normed(int k, int columns, int skipped, u32 number, int source, int codebook, const u16* gain, float eps) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = k / GROUP;
+  // What does not depend on other blocks is asked for first. A warp meets the same group again in every row it has.
+  const uint2 by = load8(gain + (warp & (groups - 1)) * GROUP + 4 * lane);
+#pragma unroll 1
+  for (int unit = warp; unit < columns * groups; unit += WARPS) {
+    const int column = unit / groups + skipped, at = (unit & (groups - 1)) * GROUP + 4 * lane;
+    uint2 four;
+    if (INT4 == TALKER_INT4 && source == FRAME)
+      four = embedded(column, at);
+    else if (INT4 == PREDICTOR_INT4 && source == CODES && (codebook > 1 || column >= SLOTS))
+      four = load8(given.projected[codebook - 1] + (u64)s.code[column % SLOTS][codebook - 1] * k + at);
+    else if (INT4 == PREDICTOR_INT4 && source == CODES && !PROJECTED)
+      four = load8(given.hidden + column * k + at);
+    else
+      four = receive(number, column * k + at);
+    *(uint2*)(s.raw + column * k + at) = four;
+    float x[4];
+    unpack(four, x);
+    const float square = warp_sum(dot(x, x));
+    if (lane == 0) s.squares[unit] = square;
+  }
+  workers_meet();
+  float b[4];
+  unpack(by, b);
+#pragma unroll 1
+  for (int unit = warp; unit < columns * groups; unit += WARPS) {
+    const int column = unit / groups, group = unit & (groups - 1);
+    const float rstd = rsqrtf(warp_sum(lane < groups ? s.squares[column * groups + lane] : 0.f) * __fdividef(1.f, k) + eps);
+    float x[4];
+    unpack(*(const uint2*)(s.raw + (column + skipped) * k + group * GROUP + 4 * lane), x);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = rounded(x[j] * rstd) * b[j];
+    put<INT4>(column, group, k, lane, packed(x));
+  }
+  workers_meet();
+  mark(1);
 }
 
 // What turns a head to ``position``: four values a lane each of the norm's gain, the cosine and the sine.
@@ -482,23 +563,50 @@ struct Turn {
   }
   // Norms and turns, and rounds as the cache does.
   __device__ __forceinline__ void operator()(float (&x)[4], float eps) const {
-    float rstd = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / HD + eps);
+    const float rstd = rsqrtf(warp_sum(dot(x, x)) / HD + eps);
     float by[4], c[4], n[4];
     unpack(gain, by);
     unpack(cos, c);
     unpack(sin, n);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float mine = x[i] * rstd * by[i];
-      float other = __shfl_xor_sync(~0u, mine, 16);
+      const float mine = x[i] * rstd * by[i], other = __shfl_xor_sync(~0u, mine, 16);
       x[i] = rounded(mine * c[i] + ((threadIdx.x & 16) ? other : -other) * n[i]);
     }
   }
 };
 
-__device__ __forceinline__ float dot(const float (&a)[4], const float (&b)[4]) {
-  return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
-}
+// A softmax that grows: its highest score, its weight and its sum, four values a lane.
+struct Softmax {
+  float peak = -1e30f, weight = 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
+  // M scores and what they weigh; those beyond ``n`` do not count.
+  template <int M>
+  __device__ __forceinline__ void add(const float (&q)[4], const uint2 (&keys)[M], const uint2 (&values)[M], int n) {
+    float score[M], risen = peak;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      float x[4];
+      unpack(keys[i], x);
+      score[i] = warp_sum(dot(q, x)) * rsqrtf((float)HD);
+      if (i >= n) score[i] = -1e30f;
+      risen = fmaxf(risen, score[i]);
+    }
+    const float fade = __expf(peak - risen);
+    weight *= fade;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) o[j] *= fade;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      const float part = i < n ? __expf(score[i] - risen) : 0.f;
+      float x[4];
+      unpack(values[i], x);
+      weight += part;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) o[j] += part * x[j];
+    }
+    peak = risen;
+  }
+};
 
 // ---- sampling: 128 threads a slot, the same in every block ----
 
@@ -512,114 +620,107 @@ __device__ __forceinline__ float uniform(u64 seed, u32 frame, u32 codebook) {
   x = mix(x ^ (u32)(seed >> 32));
   x = mix(x ^ (frame * 0x85EBCA6Bu));
   x = mix(x ^ (codebook * 0xC2B2AE35u));
-  return ((x >> 8) + 0.5f) / 16777216.f;
+  return ((x >> 8) + 0.5f) * (1.f / 16777216.f);
 }
 __device__ __forceinline__ int ordered(float x) {
-  int bits = __float_as_int(x);
+  const int bits = __float_as_int(x);
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 
-constexpr int MOST_KEPT = 64;
-
 // One number of each of the slot's four warps, in order.
 struct Four { int a, b, c, d; };
-__device__ __forceinline__ Four shared_by_warps(Shared& s, int slot, int& turn_, int mine) {
-  const int warp = (threadIdx.x >> 5) & 3;
-  int* at = s.counts[slot] + 4 * (turn_++ & 3);
-  if ((threadIdx.x & 31) == 0) at[warp] = mine;
+__device__ __forceinline__ Four of_warps(int slot, int& round, int mine) {
+  int* at = s.counts[slot] + 4 * (round++ & 3);
+  if ((threadIdx.x & 31) == 0) at[(threadIdx.x >> 5) & 3] = mine;
   barrier(2 + slot, 128);
   return Four{at[0], at[1], at[2], at[3]};
 }
-__device__ __forceinline__ int before_me(const Four& f, int warp, int own_before) {
-  return own_before + (warp > 0 ? f.a : 0) + (warp > 1 ? f.b : 0) + (warp > 2 ? f.c : 0);
-}
-__device__ __forceinline__ int warp_before(int x, int& total) {
-  const int lane = threadIdx.x & 31;
-  int sum = x;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    int y = __shfl_up_sync(~0u, sum, d);
-    if (lane >= d) sum += y;
-  }
-  total = __shfl_sync(~0u, sum, 31);
-  return sum - x;
+__device__ __forceinline__ int before_warp(const Four& f, int warp) {
+  return (warp > 0 ? f.a : 0) + (warp > 1 ? f.b : 0) + (warp > 2 ? f.c : 0);
 }
 
 // Draws a code in [0, IDS) for each slot into s.code[slot][codebook]; the likeliest first, equal ones from the lowest id.
 template <int IDS, bool FIRST>
-__device__ void sample(const Arguments& a, Shared& s, u32 number, int codebook) {
+__device__ __noinline__ void sample(u32 number, int codebook) {
   constexpr int PER = IDS / 128;
+  static_assert(IDS % 512 == 0 && PER < 32, "ids are dealt to 128 threads, four at a time");
   const int slot = threadIdx.x >> 7, tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
   if (slot < SLOTS) {
-    int turn_ = 0;
-    const float* knobs = (FIRST ? a.first : a.residual) + 4 * slot;
+    int round = 0;
+    const float* knobs = (FIRST ? given.first : given.residual) + 4 * slot;
     const float temperature = knobs[0], top_p = knobs[2], penalty = knobs[3];
-    const int frame = s.frame[slot];
-    float x[PER];
+    const bool greedy = temperature == 0.f;
+    const int frame = s.frame[slot], wanted_k = (int)knobs[1];
+    const u64 seed = given.seed[slot];
+    u32 seen[PER / 4];
+    if (FIRST) {
 #pragma unroll
-    for (int i = 0; i < PER; i += 4) {
-      uint2 v = receive(a, number, slot * IDS + tid * PER + i);
-      x[i] = bf_low(v.x), x[i + 1] = bf_high(v.x), x[i + 2] = bf_low(v.y), x[i + 3] = bf_high(v.y);
+      for (int i = 0; i < PER / 4; ++i) seen[i] = *(const u32*)(given.seen + slot * IDS + tid * PER + 4 * i);
+    }
+    float x[PER];
+    uint2 got[PER / 4];
+    const u64* from[PER / 4];
+    bool wanted[PER / 4];
+#pragma unroll
+    for (int i = 0; i < PER / 4; ++i) from[i] = box(number, slot * IDS + tid * PER + 4 * i), wanted[i] = true;
+    receive<PER / 4>(got, from, wanted, number);
+#pragma unroll
+    for (int i = 0; i < PER / 4; ++i) {
+      x[4 * i] = bf_low(got[i].x), x[4 * i + 1] = bf_high(got[i].x);
+      x[4 * i + 2] = bf_low(got[i].y), x[4 * i + 3] = bf_high(got[i].y);
     }
     if (FIRST) {
       // The stop's probability is of the logits as they are.
       float peak = x[0], sum = 0.f, stop = 0.f;
 #pragma unroll
       for (int i = 1; i < PER; ++i) peak = fmaxf(peak, x[i]);
-      int key = __reduce_max_sync(~0u, ordered(peak));
-      Four f = shared_by_warps(s, slot, turn_, key);
-      key = max(max(f.a, f.b), max(f.c, f.d));
+      Four f = of_warps(slot, round, __reduce_max_sync(~0u, ordered(peak)));
+      const int key = max(max(f.a, f.b), max(f.c, f.d));
       peak = __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF));
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
-        float e = __expf(x[i] - peak);
+        const float e = __expf(x[i] - peak);
         sum += e;
-        if (tid * PER + i == a.stop_id) stop = e;
+        if (tid * PER + i == given.stop_id) stop = e;
       }
-      f = shared_by_warps(s, slot, turn_, __float_as_int(warp_sum(sum)));
+      f = of_warps(slot, round, __float_as_int(warp_sum(sum)));
       sum = __int_as_float(f.a) + __int_as_float(f.b) + __int_as_float(f.c) + __int_as_float(f.d);
-      if (a.stop_id / PER == tid && blockIdx.x == 0) a.stops[min(frame, CAPACITY - 1) * SLOTS + slot] = stop / sum;
-      const u8* seen = a.seen + slot * IDS + tid * PER;
+      if (given.stop_id / PER == tid && blockIdx.x == 0) given.stops[min(frame, CAPACITY - 1) * SLOTS + slot] = __fdividef(stop, sum);
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
-        int id = tid * PER + i;
-        if (seen[i]) x[i] = x[i] < 0 ? x[i] * penalty : x[i] / penalty;
-        if (!(id < IDS - a.n_banned || (id == a.stop_id && frame >= MIN_FRAMES))) x[i] = -__int_as_float(0x7f800000);
+        const int id = tid * PER + i;
+        if (seen[i / 4] >> (8 * (i & 3)) & 0xff) x[i] = x[i] < 0 ? x[i] * penalty : __fdividef(x[i], penalty);
+        if (!(id < IDS - given.n_banned || (id == given.stop_id && frame >= MIN_FRAMES))) x[i] = -__int_as_float(0x7f800000);
       }
     }
-    const bool greedy = temperature == 0.f;
-    int n_inside = FIRST ? IDS - a.n_banned + (frame >= MIN_FRAMES && a.stop_id >= IDS - a.n_banned) : IDS;
-    int k = greedy ? 1 : (int)knobs[1];
-    k = k > 0 && k < n_inside ? k : n_inside;
+    const int n_inside = FIRST ? IDS - given.n_banned + (frame >= MIN_FRAMES && given.stop_id >= IDS - given.n_banned) : IDS;
+    int k = greedy ? 1 : wanted_k > 0 ? min(wanted_k, n_inside) : n_inside;
     k = min(k, MOST_KEPT);
-    int keys[PER];
-    int low = 0x7FFFFFFF, high = -0x7FFFFFFF;
+    int keys[PER], high = -0x7FFFFFFF;
+    const float by = greedy ? 1.f : __fdividef(1.f, temperature);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-      if (!greedy) x[i] = x[i] / temperature;
+      x[i] *= by;
       keys[i] = ordered(x[i]);
       high = max(high, keys[i]);
     }
-    high = __reduce_max_sync(~0u, high);
-    Four f = shared_by_warps(s, slot, turn_, high);
-    high = max(max(f.a, f.b), max(f.c, f.d));
+    Four f = of_warps(slot, round, __reduce_max_sync(~0u, high));
     // The k-th key: at or above ``low`` lie k keys or more, at or above ``high`` fewer. Three thresholds a round.
-    const int top = high;
-    low = (int)0x80800000;  // just above minus infinity
-    high = top < 0x7FFFFFFF ? top + 1 : top;
-    int n_low = n_inside;
+    int low = (int)0x80800000, n_low = n_inside;  // just above minus infinity
+    high = max(max(f.a, f.b), max(f.c, f.d)) + 1;
+    if (k == 1) low = high - 1, n_low = 0;
+#pragma unroll 1
     while ((u32)high - (u32)low > 1u && n_low != k) {
-      u32 room = (u32)high - (u32)low, step = (room + 3u) >> 2;
-      int m1 = (int)((u32)low + step), m2 = (int)((u32)low + min(room, 2 * step)), m3 = (int)((u32)low + min(room, 3 * step));
-      int c1 = 0, c2 = 0, c3 = 0;
+      const u32 room = (u32)high - (u32)low, step = (room + 3u) >> 2;
+      const int m1 = (int)((u32)low + step), m2 = (int)((u32)low + min(room, 2 * step)), m3 = (int)((u32)low + min(room, 3 * step));
+      u32 all = 0;
 #pragma unroll
-      for (int i = 0; i < PER; ++i) c1 += keys[i] >= m1, c2 += keys[i] >= m2, c3 += keys[i] >= m3;
+      for (int i = 0; i < PER; ++i) all += (keys[i] >= m1) + ((keys[i] >= m2) << 10) + ((keys[i] >= m3) << 20);
       // At most 1,023 keys a warp: ten bits each.
-      u32 all = __reduce_add_sync(~0u, (u32)c1 | (u32)c2 << 10 | (u32)c3 << 20);
-      f = shared_by_warps(s, slot, turn_, (int)all);
-      c1 = (f.a & 1023) + (f.b & 1023) + (f.c & 1023) + (f.d & 1023);
-      c2 = (f.a >> 10 & 1023) + (f.b >> 10 & 1023) + (f.c >> 10 & 1023) + (f.d >> 10 & 1023);
-      c3 = (f.a >> 20 & 1023) + (f.b >> 20 & 1023) + (f.c >> 20 & 1023) + (f.d >> 20 & 1023);
+      f = of_warps(slot, round, (int)__reduce_add_sync(~0u, all));
+      const int c1 = (f.a & 1023) + (f.b & 1023) + (f.c & 1023) + (f.d & 1023);
+      const int c2 = (f.a >> 10 & 1023) + (f.b >> 10 & 1023) + (f.c >> 10 & 1023) + (f.d >> 10 & 1023);
+      const int c3 = (f.a >> 20 & 1023) + (f.b >> 20 & 1023) + (f.c >> 20 & 1023) + (f.d >> 20 & 1023);
       if (c3 >= k) low = m3, n_low = c3;
       else if (c2 >= k) high = m3, low = m2, n_low = c2;
       else if (c1 >= k) high = m2, low = m1, n_low = c1;
@@ -627,68 +728,61 @@ __device__ void sample(const Arguments& a, Shared& s, u32 number, int codebook) 
     }
     // Where more than k remain they are equal at the edge, ``low`` itself: the lowest ids fill the rest.
     const bool exact = n_low == k;
-    int n_above = 0, n_level = 0;
+    int mine = 0;
 #pragma unroll
-    for (int i = 0; i < PER; ++i) {
-      bool level = !exact && keys[i] == low;
-      n_level += level;
-      n_above += keys[i] >= low && !level;
+    for (int i = 0; i < PER; ++i) mine += keys[i] < low ? 0 : !exact && keys[i] == low ? 1 << 16 : 1;
+    int upto = mine;
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+      const int y = __shfl_up_sync(~0u, upto, d);
+      if (lane >= d) upto += y;
     }
-    int warp_above, warp_level;
-    int above = warp_before(n_above, warp_above), level = warp_before(n_level, warp_level);
-    f = shared_by_warps(s, slot, turn_, warp_above | warp_level << 16);
-    Four fa{f.a & 0xffff, f.b & 0xffff, f.c & 0xffff, f.d & 0xffff}, fl{f.a >> 16, f.b >> 16, f.c >> 16, f.d >> 16};
-    above = before_me(fa, warp, above), level = before_me(fl, warp, level);
-    const int all_above = fa.a + fa.b + fa.c + fa.d;
+    f = of_warps(slot, round, __shfl_sync(~0u, upto, 31));
+    const int before = upto - mine + before_warp(f, warp), all_above = (f.a + f.b + f.c + f.d) & 0xffff;
     // Kept ones above the edge in the order of their ids, then those at the edge.
-    float* score = s.picked[slot];
-    int* ids = (int*)(score + 64);
-    float* sorted = score + 128;
-    int* sorted_ids = (int*)(score + 192);
+    int above = before & 0xffff, level = all_above + (before >> 16);
 #pragma unroll
-    for (int i = 0; i < PER; ++i) {
-      bool at_edge = !exact && keys[i] == low;
-      if (keys[i] >= low && !at_edge) score[above] = x[i], ids[above++] = tid * PER + i;
-      if (at_edge) {
-        if (all_above + level < k) score[all_above + level] = x[i], ids[all_above + level] = tid * PER + i;
-        ++level;
+    for (int i = 0; i < PER; ++i)
+      if (keys[i] >= low) {
+        const int at = !exact && keys[i] == low ? level++ : above++;
+        if (at < k) s.score[slot][at] = x[i], s.ids[slot][at] = tid * PER + i;
       }
-    }
     barrier(2 + slot, 128);
     // Each kept one finds its place: how many are likelier, or as likely with a lower id.
     if (tid < k) {
-      float mine = score[tid];
-      int id = ids[tid], rank = 0;
-      for (int j = 0; j < k; ++j) rank += score[j] > mine || (score[j] == mine && ids[j] < id);
-      sorted[rank] = mine, sorted_ids[rank] = id;
+      const float score = s.score[slot][tid];
+      const int id = s.ids[slot][tid];
+      int rank = 0;
+#pragma unroll 2
+      for (int j = 0; j < k; ++j) rank += s.score[slot][j] > score || (s.score[slot][j] == score && s.ids[slot][j] < id);
+      s.sorted[slot][rank] = score, s.sorted_ids[slot][rank] = id;
     }
     barrier(2 + slot, 128);
     if (warp == 0) {
-      float peak = sorted[0];
-      float m0 = lane < k ? __expf(sorted[lane] - peak) : 0.f, m1 = lane + 32 < k ? __expf(sorted[lane + 32] - peak) : 0.f;
+      const float peak = s.sorted[slot][0];
+      const float m0 = lane < k ? __expf(s.sorted[slot][lane] - peak) : 0.f;
+      const float m1 = lane + 32 < k ? __expf(s.sorted[slot][lane + 32] - peak) : 0.f;
       float c0 = m0, c1 = m1;
 #pragma unroll
       for (int d = 1; d < 32; d <<= 1) {
-        float y0 = __shfl_up_sync(~0u, c0, d), y1 = __shfl_up_sync(~0u, c1, d);
+        const float y0 = __shfl_up_sync(~0u, c0, d), y1 = __shfl_up_sync(~0u, c1, d);
         if (lane >= d) c0 += y0, c1 += y1;
       }
       c1 += __shfl_sync(~0u, c0, 31);
       float total = __shfl_sync(~0u, c1, 31);
       if (top_p < 1.f) {
-        float goal = top_p * total;
         // One is kept while what lies before it is below the goal.
-        int kept = __popc(__ballot_sync(~0u, lane < k && c0 - m0 < goal)) + __popc(__ballot_sync(~0u, lane + 32 < k && c1 - m1 < goal));
-        kept = max(kept, 1);
-        total = kept > 32 ? __shfl_sync(~0u, c1, kept - 33) : __shfl_sync(~0u, c0, kept - 1);
-        k = kept;
+        const float goal = top_p * total;
+        k = __popc(__ballot_sync(~0u, lane < k && c0 - m0 < goal)) + __popc(__ballot_sync(~0u, lane + 32 < k && c1 - m1 < goal));
+        k = max(k, 1);
+        total = k > 32 ? __shfl_sync(~0u, c1, k - 33) : __shfl_sync(~0u, c0, k - 1);
       }
-      float goal = greedy ? 0.f : uniform(a.seed[slot], frame, codebook) * total;
-      u32 b0 = __ballot_sync(~0u, lane < k && c0 > goal), b1 = __ballot_sync(~0u, lane + 32 < k && c1 > goal);
-      int at = b0 ? __ffs(b0) - 1 : b1 ? 31 + __ffs(b1) : k - 1;
+      const float goal = greedy ? 0.f : uniform(seed, frame, codebook) * total;
+      const u32 b0 = __ballot_sync(~0u, lane < k && c0 > goal), b1 = __ballot_sync(~0u, lane + 32 < k && c1 > goal);
       if (lane == 0) {
-        int code = sorted_ids[at];
+        int code = s.sorted_ids[slot][b0 ? __ffs(b0) - 1 : b1 ? 31 + __ffs(b1) : k - 1];
         if (FIRST) {
-          if (code == a.stop_id) s.alive[slot] = 0;
+          if (code == given.stop_id) s.alive[slot] = 0;
           if (!s.alive[slot]) code = 0;
         }
         s.code[slot][codebook] = code;
@@ -696,394 +790,300 @@ __device__ void sample(const Arguments& a, Shared& s, u32 number, int codebook) 
     }
   }
   workers_meet();
-  mark(a, s, 3);
+  mark(3);
 }
 
 // ---- the predictor ----
 
 // Attention over a few positions: a warp takes a head, and every block does all of it, which is quicker than mail.
-template <int N>
-__device__ void attend_small(const Arguments& a, Shared& s, u32 number, int layer, int past) {
+__device__ __noinline__ void attend_small(int columns, u32 number, int layer, int past) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  constexpr int WIDTH = (PH + 2 * PG) * HD, REPEATS = PH / PG;
-  const Gains<E> gains(a.small_gains, layer);
-  for (int unit = warp; unit < PH * N; unit += WARPS) {
+  constexpr int REPEATS = PH / PG;
+  const Gains<E> gains(given.small_gains, layer);
+#pragma unroll 1
+  for (int unit = warp; unit < PH * columns; unit += WARPS) {
     const int head = unit % PH, column = unit / PH, slot = column % SLOTS, own = column / SLOTS, group = head / REPEATS;
     const u64 cache = ((u64)(layer * SLOTS + slot) * PG + group) * Q * HD + 4 * lane;
-    const Turn query(gains.query, a.small_cos, a.small_sin, past + own);
-    const Turn key0(gains.key, a.small_cos, a.small_sin, past), key1(gains.key, a.small_cos, a.small_sin, past + own);
-    float q[4], o[4] = {0.f, 0.f, 0.f, 0.f}, peak = -1e30f, weight = 0.f;
+    const Turn query(gains.query, given.small_cos, given.small_sin, past + own), first_key(gains.key, given.small_cos, given.small_sin, past);
+    float q[4];
+    Softmax sum;
+    // The query, and the new keys and values up to its own.
+    uint2 fresh[5];
+#pragma unroll 1
     for (int start = 0; start == 0 || start < past; start += 8) {
-      uint2 key[8], value[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (start + i < past) {
-          key[i] = load8(a.small_keys + cache + (start + i) * HD);
-          value[i] = load8(a.small_values + cache + (start + i) * HD);
-        }
-      if (start == 0) {
-        unpack(receive(a, number, column * WIDTH + head * HD + 4 * lane), q);
-        query(q, a.small_eps);
-      }
-      float score[8], risen = peak;
+      uint2 keys[8], values[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        float x[4];
-        unpack(start + i < past ? key[i] : make_uint2(0, 0), x);
-        score[i] = start + i < past ? warp_sum(dot(q, x)) * rsqrtf((float)HD) : -1e30f;
-        risen = fmaxf(risen, score[i]);
+        keys[i] = values[i] = make_uint2(0, 0);
+        if (start + i < past) keys[i] = load8(given.small_keys + cache + (start + i) * HD), values[i] = load8(given.small_values + cache + (start + i) * HD);
       }
-      float fade = __expf(peak - risen);
-      weight *= fade;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) o[j] *= fade;
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (start + i < past) {
-          float part = __expf(score[i] - risen), x[4];
-          unpack(value[i], x);
-          weight += part;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) o[j] += part * x[j];
-        }
-      peak = risen;
+      if (start == 0) {
+        const int first = slot * SMALL_QKV_N + (PH + group) * HD + 4 * lane, second = first + SLOTS * SMALL_QKV_N;
+        const u64* const from[5] = {box(number, column * SMALL_QKV_N + head * HD + 4 * lane), box(number, first),
+                                    box(number, first + PG * HD), box(number, second), box(number, second + PG * HD)};
+        const bool wanted[5] = {true, true, true, own == 1, own == 1};
+        receive<5>(fresh, from, wanted, number);
+        unpack(fresh[0], q);
+        query(q, given.small_eps);
+      }
+      if (past > 0) sum.add<8>(q, keys, values, past - start);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (i <= own) {
-        const int base = (slot + i * SLOTS) * WIDTH + (PH + group) * HD + 4 * lane;
-        uint2 fresh = receive(a, number, base), fresh_value = receive(a, number, base + PG * HD);
-        float key[4], value[4];
-        unpack(fresh, key);
-        unpack(fresh_value, value);
-        (i == 0 ? key0 : key1)(key, a.small_eps);
-        if (i == own && blockIdx.x == 0 && head % REPEATS == 0) {
-          *(uint2*)(a.small_keys + cache + (past + i) * HD) = packed(key);
-          *(uint2*)(a.small_values + cache + (past + i) * HD) = fresh_value;
-        }
-        float one = warp_sum(dot(q, key)) * rsqrtf((float)HD);
-        float risen = fmaxf(peak, one), fade = __expf(peak - risen), part = __expf(one - risen);
-        weight = weight * fade + part;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) o[j] = o[j] * fade + part * value[j];
-        peak = risen;
+#pragma unroll 1
+    for (int i = 0; i <= own; ++i) {
+      float key[4];
+      unpack(fresh[i ? 3 : 1], key);
+      (i ? Turn(gains.key, given.small_cos, given.small_sin, past + 1) : first_key)(key, given.small_eps);
+      const uint2 keys[1] = {packed(key)}, values[1] = {i ? fresh[4] : fresh[2]};
+      sum.add<1>(q, keys, values, 1);
+      if (i == own && blockIdx.x == 0 && head % REPEATS == 0) {
+        *(uint2*)(given.small_keys + cache + (past + i) * HD) = keys[0];
+        *(uint2*)(given.small_values + cache + (past + i) * HD) = values[0];
       }
+    }
+    const float by = __fdividef(1.f, sum.weight);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) o[j] /= weight;
-    put_summed<PREDICTOR_INT4>(s, column, head, PH * HD, lane, packed(o));
+    for (int j = 0; j < 4; ++j) sum.o[j] *= by;
+    put<PREDICTOR_INT4>(column, head, PH * HD, lane, packed(sum.o));
   }
   workers_meet();
-  mark(a, s, 4);
+  mark(4);
 }
 
-template <int N>
-__device__ void small_layers(const Arguments& a, Shared& s, u8* ring, Place& place, u32& exchange, int codebook) {
-  const int past = codebook == 1 ? 0 : codebook;
-  auto of_x = [&](int column, int at) { return receive(a, exchange, column * E + at); };
-  auto onto_x = [&](int row, int column, float x, float y) {
-    const u32 raw = *(const u32*)(s.raw + column * E + row);
-    return two_bf(x + bf_low(raw), y + bf_high(raw));
-  };
-  for (int layer = 0; layer < PL; ++layer) {
-    const Gains<E> gains(a.small_gains, layer);
-    if (layer > 0)
-      stage_normed<E, N, PREDICTOR_INT4, true>(a, s, gains.attention, a.small_eps, of_x);
-    else
-      stage_normed<E, N, PREDICTOR_INT4, true>(a, s, gains.attention, a.small_eps, [&](int column, int at) {
-        if (codebook == 1 && column < SLOTS) return PROJECTED ? receive(a, exchange, column * E + at) : load8(a.hidden + column * E + at);
-        return load8(a.projected[codebook - 1] + (u64)s.code[column % SLOTS][codebook - 1] * E + at);
-      });
-    product<SmallQkv, N>(a, place, s, ring, exchange, Rounded());
-    attend_small<N>(a, s, exchange, layer, past);
-    product<SmallOut, N>(a, place, s, ring, exchange, onto_x);
-    stage_normed<E, N, PREDICTOR_INT4, true>(a, s, gains.mlp, a.small_eps, of_x);
-    product<SmallGateUp, N>(a, place, s, ring, exchange, Rounded());
-    stage<J, N, PREDICTOR_INT4>(a, s, [&](int column, int at) { return receive(a, exchange, column * J + at); });
-    product<SmallDown, N>(a, place, s, ring, exchange, onto_x);
+__device__ __forceinline__ Place predict(Place place, u32& exchange) {
+#pragma unroll 1
+  for (int codebook = 1; codebook < Q; ++codebook) {
+    const int both = codebook == 1, columns = SLOTS << both, log = log2_of(SLOTS) + both;
+#pragma unroll 1
+    for (int layer = 0; layer < PL; ++layer) {
+      const Gains<E> gains(given.small_gains, layer);
+      stage_normed<PREDICTOR_INT4>(E, columns, 0, exchange, layer ? MAIL : CODES, codebook, gains.attention, given.small_eps);
+      place = product<PREDICTOR_INT4>(place, SMALL_QKV, log, ++exchange, ROUNDED);
+      attend_small(columns, exchange, layer, both ? 0 : codebook);
+      place = product<PREDICTOR_INT4>(place, SMALL_OUT, log, ++exchange, ONTO_STREAM);
+      stage_normed<PREDICTOR_INT4>(E, columns, 0, exchange, MAIL, 0, gains.mlp, given.small_eps);
+      place = product<PREDICTOR_INT4>(place, SMALL_GATE_UP, log, ++exchange, ROUNDED);
+      stage<PREDICTOR_INT4>(J, columns, exchange);
+      place = product<PREDICTOR_INT4>(place, SMALL_DOWN, log, ++exchange, ONTO_STREAM);
+    }
+    // What block 0 sends next says that its part of the cache is there.
+    if (blockIdx.x == 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    stage_normed<false>(E, SLOTS, columns - SLOTS, exchange, MAIL, 0, Gains<E>(given.small_gains, PL).attention, given.small_eps);
+    place = product<false>(place, HEAD, log2_of(SLOTS), ++exchange, ROUNDED);
+    sample<W, false>(exchange, codebook);
   }
-  // What block 0 sends next says that its part of the cache is there.
-  if (blockIdx.x == 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  stage_normed<E, SLOTS, false, false>(a, s, Gains<E>(a.small_gains, PL).attention, a.small_eps, [&](int column, int at) {
-    return receive(a, exchange, (N - SLOTS + column) * E + at);
-  });
-  product<Head, SLOTS>(a, place, s, ring, exchange, Rounded());
-  sample<W, false>(a, s, exchange, codebook);
+  return place;
 }
 
 // ---- the talker ----
 
-__device__ __forceinline__ int n_splits(int length) {
-  return greater(1, lesser(MOST_SPLITS, divided(length, 64)));
-}
+__device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], CAPACITY - 1); }
+__device__ __forceinline__ int n_splits(int length) { return greater(1, lesser(MOST_SPLITS, divided(length, 64))); }
 
 // A block reads one share of one key head's cache; shares are joined where they are read.
-__device__ void attend(const Arguments& a, Shared& s, u32& exchange, int layer) {
+__device__ __forceinline__ void attend(u32 before, u32 number, int layer) {
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  constexpr int WIDTH = (H + 2 * G) * HD;
-  const Gains<D> gains(a.gains, layer);
-  const u32 before = exchange, number = ++exchange;
+  const Gains<D> gains(given.gains, layer);
   float* peaks = s.red;
   float* weights = peaks + WARPS * REP;
   float* sums = weights + WARPS * REP;
   float* fresh = sums + WARPS * REP * HD;  // REP queries, the new key, the new value
+#pragma unroll 1
   for (int unit = blockIdx.x; unit < SLOTS * G * MOST_SPLITS; unit += GRID) {
     const int split = unit / (SLOTS * G), slot = unit % (SLOTS * G) / G, group = unit % G;
-    const int past = min(s.prompt[slot] + s.frame[slot], CAPACITY - 1), splits = n_splits(past + 1);
+    const int past = length_of(slot), splits = n_splits(past + 1);
     if (split >= splits) continue;
     const bool last = split == splits - 1;
     const u64 cache = ((u64)(layer * SLOTS + slot) * G + group) * CAPACITY * HD + 4 * lane;
     const int share = divided(divided(past, splits), 4) * 4, end = min(past, (split + 1) * share);
     int start = split * share + 4 * warp;
-    uint2 key[4], value[4];
+    uint2 keys[4], values[4];
     auto ask = [&]() {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 4; ++i) {
+        keys[i] = values[i] = make_uint2(0, 0);
         if (start + i < end) {
-          key[i] = load8(a.keys + cache + (u64)(start + i) * HD);
-          value[i] = load8(a.values + cache + (u64)(start + i) * HD);
+          keys[i] = load8(given.keys + cache + (u64)(start + i) * HD);
+          values[i] = load8(given.values + cache + (u64)(start + i) * HD);
         }
+      }
     };
     ask();
     if (warp < REP + 2) {
-      const Turn turn(warp < REP ? gains.query : gains.key, a.cos, a.sin, past);
+      const Turn turn(warp < REP ? gains.query : gains.key, given.cos, given.sin, past);
       const int head = warp < REP ? group * REP + warp : H + group + (warp - REP) * G;
       float x[4];
-      unpack(receive(a, before, slot * WIDTH + head * HD + 4 * lane), x);
-      if (warp <= REP) turn(x, a.eps);
-      if (last && warp >= REP) *(uint2*)((warp == REP ? a.keys : a.values) + cache + (u64)past * HD) = packed(x);
+      unpack(receive(before, slot * QKV_N + head * HD + 4 * lane), x);
+      if (warp <= REP) turn(x, given.eps);
+      if (last && warp >= REP) *(uint2*)((warp == REP ? given.keys : given.values) + cache + (u64)past * HD) = packed(x);
       *(float4*)(fresh + warp * HD + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
     }
     workers_meet();
-    float q[REP][4], o[REP][4], peak[REP], weight[REP];
+    float q[REP][4];
+    Softmax part[REP];
 #pragma unroll
     for (int r = 0; r < REP; ++r) {
-      float4 v = *(const float4*)(fresh + r * HD + 4 * lane);
+      const float4 v = *(const float4*)(fresh + r * HD + 4 * lane);
       q[r][0] = v.x, q[r][1] = v.y, q[r][2] = v.z, q[r][3] = v.w;
-      o[r][0] = o[r][1] = o[r][2] = o[r][3] = weight[r] = 0.f;
-      peak[r] = -1e30f;
     }
+#pragma unroll 1
     while (start < end) {
 #pragma unroll
-      for (int r = 0; r < REP; ++r) {
-        float score[4], risen = peak[r];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float x[4];
-          unpack(start + i < end ? key[i] : make_uint2(0, 0), x);
-          score[i] = start + i < end ? warp_sum(dot(q[r], x)) * rsqrtf((float)HD) : -1e30f;
-          risen = fmaxf(risen, score[i]);
-        }
-        float fade = __expf(peak[r] - risen);
-        weight[r] *= fade;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) o[r][j] *= fade;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (start + i < end) {
-            float part = __expf(score[i] - risen), x[4];
-            unpack(value[i], x);
-            weight[r] += part;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) o[r][j] += part * x[j];
-          }
-        peak[r] = risen;
-      }
+      for (int r = 0; r < REP; ++r) part[r].add<4>(q[r], keys, values, end - start);
       start += 4 * WARPS;
       ask();
     }
     if (last && warp == 0) {
-      float4 k4 = *(const float4*)(fresh + REP * HD + 4 * lane), v4 = *(const float4*)(fresh + (REP + 1) * HD + 4 * lane);
-      float fresh_key[4] = {k4.x, k4.y, k4.z, k4.w}, fresh_value[4] = {v4.x, v4.y, v4.z, v4.w};
+      const float4 k4 = *(const float4*)(fresh + REP * HD + 4 * lane), v4 = *(const float4*)(fresh + (REP + 1) * HD + 4 * lane);
+      const uint2 new_key[1] = {{two_bf(k4.x, k4.y), two_bf(k4.z, k4.w)}}, new_value[1] = {{two_bf(v4.x, v4.y), two_bf(v4.z, v4.w)}};
 #pragma unroll
-      for (int r = 0; r < REP; ++r) {
-        float one = warp_sum(dot(q[r], fresh_key)) * rsqrtf((float)HD);
-        float risen = fmaxf(peak[r], one), fade = __expf(peak[r] - risen), part = __expf(one - risen);
-        weight[r] = weight[r] * fade + part;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) o[r][j] = o[r][j] * fade + part * fresh_value[j];
-        peak[r] = risen;
-      }
+      for (int r = 0; r < REP; ++r) part[r].add<1>(q[r], new_key, new_value, 1);
     }
 #pragma unroll
     for (int r = 0; r < REP; ++r) {
-      if (lane == 0) peaks[warp * REP + r] = peak[r], weights[warp * REP + r] = weight[r];
-      *(float4*)(sums + (warp * REP + r) * HD + 4 * lane) = make_float4(o[r][0], o[r][1], o[r][2], o[r][3]);
+      if (lane == 0) peaks[warp * REP + r] = part[r].peak, weights[warp * REP + r] = part[r].weight;
+      *(float4*)(sums + (warp * REP + r) * HD + 4 * lane) = make_float4(part[r].o[0], part[r].o[1], part[r].o[2], part[r].o[3]);
     }
     workers_meet();
+#pragma unroll 1
     for (int out = tid; out < REP * HD / 2; out += WORKERS) {
-      const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), part = (slot * H + group * REP + r) * MOST_SPLITS + split;
+      const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), at = (slot * H + group * REP + r) * MOST_SPLITS + split;
       float top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
-#pragma unroll
+#pragma unroll 4
       for (int w = 0; w < WARPS; ++w) top = fmaxf(top, peaks[w * REP + r]);
-#pragma unroll
+#pragma unroll 4
       for (int w = 0; w < WARPS; ++w) {
         const float fade = __expf(peaks[w * REP + r] - top);
         const float2 sum = *(const float2*)(sums + (w * REP + r) * HD + dim);
         total += fade * weights[w * REP + r], x += fade * sum.x, y += fade * sum.y;
       }
-      send_floats(a.parts + (u64)part * HD + dim, number, x, y);
-      if (dim == 0) send_floats(a.part_weights + (u64)part * 2, number, top, total);
+      send_floats(given.parts + (u64)at * HD + dim, number, x, y);
+      if (dim == 0) send_floats(given.part_weights + (u64)at * 2, number, top, total);
     }
     workers_meet();
   }
-  mark(a, s, 5);
+  mark(5);
 }
 
 // Joins the shares of all heads into s.x.
-__device__ void stage_attended(const Arguments& a, Shared& s, u32 number) {
+__device__ __forceinline__ void stage_attended(u32 number) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll 1
   for (int unit = warp; unit < SLOTS * H; unit += WARPS) {
-    const int slot = unit / H, head = unit % H;
-    const int splits = n_splits(min(s.prompt[slot] + s.frame[slot], CAPACITY - 1) + 1);
-    float peak = -1e30f, weight = 0.f;
-    if (lane < splits) {
-      const uint2 got = receive_from(a.part_weights + (u64)(unit * MOST_SPLITS + lane) * 2, number);
-      peak = __uint_as_float(got.x), weight = __uint_as_float(got.y);
-    }
-    __syncwarp();
+    const int slot = unit / H, head = unit % H, splits = n_splits(length_of(slot) + 1);
+    const u64* parts = given.parts + (u64)unit * MOST_SPLITS * HD + 4 * lane;
+    uint2 got[1];
+    const u64* const weights[1] = {given.part_weights + (unit * MOST_SPLITS + min(lane, splits - 1)) * 2};
+    const bool always[1] = {true};
+    receive<1>(got, weights, always, number);
+    const float peak = lane < splits ? __uint_as_float(got[0].x) : -1e30f, weight = __uint_as_float(got[0].y);
     float top = peak;
 #pragma unroll
     for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-    float fade = __expf(peak - top), o[4] = {0.f, 0.f, 0.f, 0.f};
-    fade /= warp_sum(fade * weight);
-    for (int split = 0; split < splits; ++split) {
-      const float by = __shfl_sync(~0u, fade, split);
-      const u64* from = a.parts + (u64)(unit * MOST_SPLITS + split) * HD + 4 * lane;
-      const uint2 low = receive_from(from, number), high = receive_from(from + 2, number);
-      o[0] += by * __uint_as_float(low.x), o[1] += by * __uint_as_float(low.y);
-      o[2] += by * __uint_as_float(high.x), o[3] += by * __uint_as_float(high.y);
+    float fade = lane < splits ? __expf(peak - top) : 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
+    fade = __fdividef(fade, warp_sum(fade * weight));
+#pragma unroll 1
+    for (int split = 0; split < splits; split += 2) {
+      const bool two = split + 1 < splits;
+      const u64* at = parts + split * HD;
+      const u64* const from[4] = {at, at + 2, at + HD, at + HD + 2};
+      const bool wanted[4] = {true, true, two, two};
+      uint2 x[4];
+      x[2] = x[3] = make_uint2(0, 0);
+      receive<4>(x, from, wanted, number);
+      const float by = __shfl_sync(~0u, fade, split), then = __shfl_sync(~0u, fade, (split + 1) & 31);
+      o[0] += by * __uint_as_float(x[0].x) + then * __uint_as_float(x[2].x);
+      o[1] += by * __uint_as_float(x[0].y) + then * __uint_as_float(x[2].y);
+      o[2] += by * __uint_as_float(x[1].x) + then * __uint_as_float(x[3].x);
+      o[3] += by * __uint_as_float(x[1].y) + then * __uint_as_float(x[3].y);
     }
-    put_summed<TALKER_INT4>(s, slot, head, H * HD, lane, packed(o));
+    put<TALKER_INT4>(slot, head, H * HD, lane, packed(o));
   }
   workers_meet();
-  mark(a, s, 1);
+  mark(1);
 }
 
-// The talker's next input: the sum of a frame's embeddings and its text, each addition rounded where the model rounds.
-__device__ __forceinline__ uint2 embedded(const Arguments& a, Shared& s, int slot, int at) {
-  float sum[4] = {0.f, 0.f, 0.f, 0.f}, x[4];
-  uint2 four[Q];
-#pragma unroll
-  for (int codebook = 0; codebook < Q; ++codebook)
-    four[codebook] = load8(a.tables[codebook] + (u64)s.code[slot][codebook] * D + at);
-  const int line = min(s.frame[slot], a.n_text[slot] - 1);
-  uint2 text = load8(a.texts + ((u64)slot * LINES + line) * D + at);
-#pragma unroll
-  for (int codebook = 1; codebook < Q; ++codebook) {
-    unpack(four[codebook], x);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum[j] += x[j];
-  }
-  float t[4];
-  unpack(four[0], x);
-  unpack(text, t);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) sum[j] = rounded(x[j] + rounded(sum[j])) + t[j];
-  return packed(sum);
-}
-
-__device__ void talker_layers(const Arguments& a, Shared& s, u8* ring, Place& place, u32& exchange) {
-  auto of_x = [&](int column, int at) { return receive(a, exchange, column * D + at); };
-  auto onto_x = [&](int row, int column, float x, float y) {
-    const u32 raw = *(const u32*)(s.raw + column * D + row);
-    return two_bf(x + bf_low(raw), y + bf_high(raw));
-  };
+__device__ __forceinline__ Place talk(Place place, u32& exchange) {
+  constexpr int log = log2_of(SLOTS);
+#pragma unroll 1
   for (int layer = 0; layer < L; ++layer) {
-    const Gains<D> gains(a.gains, layer);
-    if (layer == 0)
-      stage_normed<D, SLOTS, TALKER_INT4, true>(a, s, gains.attention, a.eps, [&](int column, int at) { return embedded(a, s, column, at); });
-    else
-      stage_normed<D, SLOTS, TALKER_INT4, true>(a, s, gains.attention, a.eps, of_x);
-    product<Qkv, SLOTS>(a, place, s, ring, exchange, Rounded());
-    attend(a, s, exchange, layer);
-    stage_attended(a, s, exchange);
-    product<Out, SLOTS>(a, place, s, ring, exchange, onto_x);
-    stage_normed<D, SLOTS, TALKER_INT4, true>(a, s, gains.mlp, a.eps, of_x);
-    product<GateUp, SLOTS>(a, place, s, ring, exchange, Rounded());
-    stage<I, SLOTS, TALKER_INT4>(a, s, [&](int column, int at) { return receive(a, exchange, column * I + at); });
-    product<Down, SLOTS>(a, place, s, ring, exchange, onto_x);
+    const Gains<D> gains(given.gains, layer);
+    stage_normed<TALKER_INT4>(D, SLOTS, 0, exchange, layer ? MAIL : FRAME, 0, gains.attention, given.eps);
+    place = product<TALKER_INT4>(place, QKV, log, ++exchange, ROUNDED);
+    attend(exchange, exchange + 1, layer);
+    stage_attended(++exchange);
+    place = product<TALKER_INT4>(place, OUT, log, ++exchange, ONTO_STREAM);
+    stage_normed<TALKER_INT4>(D, SLOTS, 0, exchange, MAIL, 0, gains.mlp, given.eps);
+    place = product<TALKER_INT4>(place, GATE_UP, log, ++exchange, ROUNDED);
+    stage<TALKER_INT4>(I, SLOTS, exchange);
+    place = product<TALKER_INT4>(place, DOWN, log, ++exchange, ONTO_STREAM);
   }
+  return place;
 }
 
 // ---- the frame ----
 
-__device__ void feed_all(const Arguments& a, Shared& s, u8* ring) {
+__device__ __forceinline__ void feed_all() {
   Place place;
   u64 once, again;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(again));
   const u64 small = PREDICTOR_INT4 ? again : once;
-  const Weight* next = a.stream;
-  feed<Head0>(*next++, place, s, ring, once);
-  if (PROJECTED) feed<Projection>(*next++, place, s, ring, once);
-  const Weight* layers = next;
-  const Weight* heads = layers + 4 * PL;
+  constexpr int LAYERS = 1 + PROJECTED, HEADS = LAYERS + 4 * PL, TALKER = HEADS + Q - 1;
+  place = feed(place, HEAD0, 0, once);
+  if (PROJECTED) place = feed(place, PROJECTION, 1, once);
+#pragma unroll 1
   for (int codebook = 1; codebook < Q; ++codebook) {
-    for (int layer = 0; layer < PL; ++layer) {
-      feed<SmallQkv>(layers[4 * layer], place, s, ring, small);
-      feed<SmallOut>(layers[4 * layer + 1], place, s, ring, small);
-      feed<SmallGateUp>(layers[4 * layer + 2], place, s, ring, small);
-      feed<SmallDown>(layers[4 * layer + 3], place, s, ring, small);
-    }
-    feed<Head>(heads[codebook - 1], place, s, ring, once);
+#pragma unroll 1
+    for (int i = 0; i < 4 * PL; ++i) place = feed(place, SMALL_QKV + i % 4, LAYERS + i, small);
+    place = feed(place, HEAD, HEADS + codebook - 1, once);
   }
-  next = heads + Q - 1;
-  for (int layer = 0; layer < L; ++layer) {
-    feed<Qkv>(*next++, place, s, ring, once);
-    feed<Out>(*next++, place, s, ring, once);
-    feed<GateUp>(*next++, place, s, ring, once);
-    feed<Down>(*next++, place, s, ring, once);
-  }
+#pragma unroll 1
+  for (int i = 0; i < 4 * L; ++i) place = feed(place, QKV + i % 4, TALKER + i, once);
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid_constant__ Arguments a) {
-  extern __shared__ __align__(128) u8 memory[];
-  u8* ring = memory;
-  Shared& s = *(Shared*)(memory + (u64)RING * RING_SLOT);
-  const int tid = threadIdx.x, warp = tid >> 5;
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid_constant__ Arguments arguments) {
+  const int tid = threadIdx.x;
   if (tid == 0) {
     for (int i = 0; i < RING; ++i) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&s.full[i])) : "memory");
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&s.empty[i])), "n"(WARPS) : "memory");
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    s.n_marks = 0, s.ring_waits = 0;
   }
-  if (tid < SLOTS) s.frame[tid] = a.frame[tid], s.alive[tid] = a.alive[tid], s.prompt[tid] = a.prompt[tid];
+  for (int i = tid; i < sizeof(Arguments) / 8; i += WORKERS + 32) ((u64*)&given)[i] = ((const u64*)&arguments)[i];
+  if (tid < SLOTS) s.frame[tid] = arguments.frame[tid], s.alive[tid] = arguments.alive[tid], s.prompt[tid] = arguments.prompt[tid];
   __syncthreads();
-  if (warp == WARPS) {
-    feed_all(a, s, ring);
+  if (tid >= WORKERS) {
+    feed_all();
     return;
   }
+  mark(0);
   Place place;
-  u32 exchange = *a.exchange;
-  if (tid == 0) s.n_marks = 0, s.ring_waits = 0;
-  mark(a, s, 0);
-  stage<D, SLOTS, false>(a, s, [&](int column, int at) { return load8(a.hidden + column * D + at); });
-  product<Head0, SLOTS>(a, place, s, ring, exchange, Rounded());
+  u32 exchange = *given.exchange;
+  stage<false>(D, SLOTS, 0);
+  place = product<false>(place, HEAD0, log2_of(SLOTS), ++exchange, ROUNDED);
   const u32 logits = exchange;
   if (PROJECTED) {
     workers_meet();
-    product<Projection, SLOTS>(a, place, s, ring, exchange, [&](int row, int, float x, float y) {
-      return two_bf(x + bf(a.projection_bias[row]), y + bf(a.projection_bias[row + 1]));
-    });
+    place = product<false>(place, PROJECTION, log2_of(SLOTS), ++exchange, WITH_BIAS);
   }
-  sample<V, true>(a, s, logits, 0);
-  small_layers<COLS>(a, s, ring, place, exchange, 1);
-  for (int codebook = 2; codebook < Q; ++codebook) small_layers<SLOTS>(a, s, ring, place, exchange, codebook);
-  talker_layers(a, s, ring, place, exchange);
+  sample<V, true>(logits, 0);
+  place = predict(place, exchange);
+  talk(place, exchange);
   if (blockIdx.x != 0) return;
-  stage_normed<D, SLOTS, false, false>(a, s, Gains<D>(a.gains, L).attention, a.eps, [&](int column, int at) { return receive(a, exchange, column * D + at); });
-  for (int i = tid; i < SLOTS * D / 8; i += WORKERS) ((uint4*)a.hidden)[i] = ((const uint4*)s.x)[i];
-  if (tid == 0) *a.exchange = exchange;
+  stage_normed<false>(D, SLOTS, 0, exchange, MAIL, 0, Gains<D>(given.gains, L).attention, given.eps);
+  for (int i = tid; i < SLOTS * D / 8; i += WORKERS) ((uint4*)given.hidden)[i] = ((const uint4*)s.x)[i];
+  if (tid == 0) *given.exchange = exchange;
   if (tid < SLOTS * Q) {
     const int slot = tid / Q, codebook = tid % Q;
-    a.codes[(min(s.frame[slot], CAPACITY - 1) * SLOTS + slot) * Q + codebook] = s.alive[slot] ? s.code[slot][codebook] : ENDED;
+    given.codes[(min(s.frame[slot], CAPACITY - 1) * SLOTS + slot) * Q + codebook] = s.alive[slot] ? s.code[slot][codebook] : ENDED;
   }
   if (tid < SLOTS) {
     // What was drawn counts as said, and a slot that stopped said the stop.
-    a.seen[tid * V + (s.alive[tid] || !a.alive[tid] ? s.code[tid][0] : a.stop_id)] = 1;
-    a.alive[tid] = s.alive[tid];
-    a.past[tid] = min(s.prompt[tid] + s.frame[tid], CAPACITY - 1);
-    a.frame[tid] = s.frame[tid] + (s.alive[tid] ? 1 : 0);
+    given.seen[tid * V + (s.alive[tid] || !given.alive[tid] ? s.code[tid][0] : given.stop_id)] = 1;
+    given.alive[tid] = s.alive[tid];
+    given.past[tid] = length_of(tid);
+    given.frame[tid] = s.frame[tid] + (s.alive[tid] ? 1 : 0);
   }
 }

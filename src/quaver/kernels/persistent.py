@@ -65,23 +65,22 @@ class Persistent:
     ) -> None:
         device = tensors["hidden"].device
         self._n_blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self._tensors = dict(tensors)
-        self._lists = [list(part) for part in lists]
+        # What the kernel points to lives as long as it does.
+        self._tensors, self._lists = dict(tensors), [list(part) for part in lists]
+        self._device = device
+        code = compiled({"GRID": self._n_blocks, "MOST_SPLITS": MOST_SPLITS, **shapes}, device)
+        self._function = _function(code)
         self._arguments = _arguments(tensors, numbers, lists)
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
-        self._device = device
-        self._function = _function(compiled({"GRID": self._n_blocks, "MOST_SPLITS": MOST_SPLITS, **shapes}, device))
 
     def __call__(self) -> None:
         """Enqueues a frame on the current stream."""
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        _checked(
-            "cuLaunchCooperativeKernel",
-            _driver().cuLaunchCooperativeKernel(
-                self._function, self._n_blocks, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, ctypes.c_void_p(stream),
-                self._parameters,
-            ),
-        )  # fmt: skip
+        launch = _driver().cuLaunchCooperativeKernel
+        status = launch(
+            self._function, self._n_blocks, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, ctypes.c_void_p(stream), self._parameters
+        )
+        _checked("cuLaunchCooperativeKernel", status)
 
 
 def compiled(shapes: Mapping[str, int | bool], device: torch.device) -> bytes:
