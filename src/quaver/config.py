@@ -145,6 +145,25 @@ class AwqConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageConfig:
+    """``quaver``: what is stored in a form that quaver alone reads.
+
+    ``int8`` names modules, each with all that is in it, whose matrices are in INT8 (see int8); ``text_rows`` is how
+    many rows of the text embedding are there, where some were pruned.
+    """
+
+    version: int
+    int8: tuple[str, ...]
+    text_rows: int | None = None
+
+    FIXED: typing.ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType({"version": (1,)})
+
+    def holds(self, module: str) -> bool:
+        """Whether the matrix of ``module`` is in INT8."""
+        return any(f"{module}.".startswith(f"{name}.") for name in self.int8)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A whole Qwen3-TTS model but for its codec."""
 
@@ -160,6 +179,7 @@ class ModelConfig:
     tokenizer_type: str = "qwen3_tts_tokenizer_12hz"
     speaker_encoder_config: SpeakerConfig | None = None
     quantization_config: AwqConfig | None = None
+    quaver: StorageConfig | None = None
 
     FIXED: typing.ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType(
         {
