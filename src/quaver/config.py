@@ -189,6 +189,15 @@ class ModelConfig:
         }
     )
 
+    def with_keys(self, changed: Mapping[str, Any]) -> ModelConfig:
+        """This configuration, quantized as the keys ``changed`` of config.json say and in no other way."""
+        awq, own = changed.get("quantization_config"), changed.get("quaver")
+        return dataclasses.replace(
+            self,
+            quantization_config=None if awq is None else parse(AwqConfig, awq, "quantization_config"),
+            quaver=None if own is None else parse(StorageConfig, own, "quaver"),
+        )
+
     @property
     def has_speaker_encoder(self) -> bool:
         """Whether voices can be cloned from recordings."""

@@ -122,6 +122,22 @@ def settings(recipe: Recipe, config: ModelConfig, text_rows: int | None = None) 
     return found
 
 
+def readers(config: ModelConfig) -> str | None:
+    """Who loads a model of ``config``, where that is not who loads what ``quaver quantize`` writes by default."""
+    awq_config = config.quantization_config
+    if config.quaver is not None:
+        return (
+            "it loads in quaver alone: transformers, GPTQModel, vLLM-Omni and qwen-tts know no INT8 rows and miss the "
+            "weights; without profile, recipe or budget quaver quantize writes plain AWQ, which loads elsewhere"
+        )
+    if awq_config is not None and set(awq_config.modules_to_not_convert) != set(awq.KEPT):
+        return (
+            "it is plain AWQ in some blocks and unquantized in others, as modules_to_not_convert says by full names; "
+            "whether other runtimes follow that was not tried"
+        )
+    return None
+
+
 def read(path: str | Path) -> Recipe:
     """The recipe in a TOML file. Raises RecipeError that names the key for anything unknown or of another type."""
     path = Path(path)
@@ -147,11 +163,12 @@ def _parse(value: dict[str, Any]) -> Recipe:
     for name, keys in tables.items():
         _known(_table(value, name), keys, f"{name}.")
     talker, text, codec = _table(value, "talker"), _table(value, "text_embedding"), _table(value, "codec")
-    layers = {
-        index: _store(bits, f"talker.layers.{spelled}", ("keep", 8, 4))
-        for spelled, bits in _table(talker, "layers", "talker.").items()
-        for index in _indices(spelled)
-    }
+    layers: dict[int, Store] = {}
+    for spelled, bits in _table(talker, "layers", "talker.").items():
+        store = _store(bits, f"talker.layers.{spelled}", ("keep", 8, 4))
+        for index in _indices(spelled):
+            if layers.setdefault(index, store) != store:
+                raise RecipeError(f"talker.layers.{spelled}: layer {index} is named twice, and differently")
     stored = _store(text.get("bits", "keep"), "text_embedding.bits", ("keep", 8))
     decoder = codec.get("decoder", "keep")
     if decoder not in ("keep", "bfloat16"):
