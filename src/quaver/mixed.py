@@ -26,9 +26,9 @@ from quaver.files import check_new
 from quaver.int8 import Int8Embedding, Int8Linear, Int8Weight
 from quaver.ledger import megabytes
 from quaver.model.layers import GROUPS, Decoder, DecoderLayer
-from quaver.model.tts import TEXT_EMBEDDING, TTS, Model
+from quaver.model.tts import PACKED_SUFFIXES, TEXT_EMBEDDING, TTS, Model
 from quaver.provenance import Step
-from quaver.recipe import PREDICTOR_LAYERS, Recipe, Store, readers, settings
+from quaver.recipe import PREDICTOR_LAYERS, RECIPE, STORES, Recipe, Store, readers, settings
 from quaver.scripts import kept_ids
 from quaver.text import Tokenizer
 
@@ -50,9 +50,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class MixedReport:
-    """What storing by a recipe did: the parts that changed, the INT4 layers of talker and predictor, the rows of text
+    """What storing by ``recipe`` did: the parts that changed, the INT4 layers of talker and predictor, the rows of text
     that are left where some were pruned, the calibration set, the time, and what to know beside that."""
 
+    recipe: Recipe
     parts: tuple[Part, ...]
     talker: tuple[LayerReport, ...]
     predictor: tuple[LayerReport, ...]
@@ -65,15 +66,19 @@ class MixedReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {**asdict(self), "recipe": self.recipe.to_json()}
 
-    def lines(self) -> Iterator[str]:
+    def summary(self) -> str:
         """The parts as a table, and what to know of the result, for people."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
         row = "{:<28} {:>12} {:>12}  {}"
+        old, new = map(megabytes, self.tensor_bytes)
+        yield f"stored by a recipe, {old} MB to {new} MB in {self.seconds:.0f} s"
         yield row.format("changed, MB", "before", "after", "stored as")
         for part in self.parts:
             yield row.format(part.name, megabytes(part.bytes_before), megabytes(part.bytes_after), part.stored)
-        yield row.format("all", *map(megabytes, self.tensor_bytes), "").rstrip()
         for name, layers in (("talker", self.talker), ("code predictor", self.predictor)):
             if layers:
                 after, nearest = sum(one.loss for one in layers), sum(one.loss_nearest for one in layers)
@@ -82,7 +87,19 @@ class MixedReport:
                 yield f"{name}: {len(layers)} layers in INT4, {error}"
         if self.text_rows is not None:
             yield f"text embedding: {self.text_rows:,} rows are left; a text that needs another is refused"
+        if self.recipe.measured:
+            yield from self._chosen()
         yield from (f"note: {note}" for note in self.notes)
+
+    def _chosen(self) -> Iterator[str]:
+        """What a budget chose and why."""
+        row = "{:<18} {:>6} {:>9} {:>9} {:>9} {:>11} {:>11}"
+        yield row.format("block", "chosen", "keep MB", "int8 MB", "int4 MB", "int8 KL", "int4 KL")
+        for one in self.recipe.measured:
+            sizes = [megabytes(one.n_bytes[s]) if s in one.n_bytes else "" for s in STORES]
+            costs = [f"{one.kl[s]:.3g}" if s in one.kl else "" for s in STORES[1:]]
+            yield row.format(one.block, one.store, *sizes, *costs).rstrip()
+        yield "KL: nats a frame over all codebooks, with the block alone rounded to nearest; the search then does better"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +156,14 @@ def quantize(
         result |= {f"{name}_loss_nearest": sum(one.loss_nearest for one in walked.layers)}
         result |= {f"{name}_loss": sum(one.loss for one in walked.layers)}
     saved = checkpoint.edit(
-        Step("quantize", {"method": "recipe", **recipe.to_json()}, result=result),
+        Step("quantize", {"method": RECIPE, **recipe.to_json()}, result=result),
         _edit(tensors, int8_modules(checkpoint.config, changed), kept),
         changed,
         codec=halved if recipe.codec_decoder == "bfloat16" and _is_halved(checkpoint) else None,
     ).save(out)
     parts, tensor_bytes = _parts(checkpoint, saved)
     return MixedReport(
+        recipe=recipe,
         parts=parts,
         talker=talker.layers,
         predictor=predictor.layers,
@@ -174,6 +192,24 @@ def int8_modules(config: ModelConfig, changed: Mapping[str, Any]) -> frozenset[s
     with torch.device("meta"):
         modules = Model(config.with_keys(changed)).named_modules()
         return frozenset(name for name, module in modules if isinstance(module, Int8Linear | Int8Embedding))
+
+
+def specs(config: ModelConfig, changed: Mapping[str, Any], stored: Mapping[str, Spec], file: Path) -> dict[str, Spec]:
+    """Every tensor of a model of ``config`` once the keys ``changed`` of config.json are replaced, as if in ``file``.
+
+    Types are those of the tensors ``stored`` where these have the name, else bfloat16.
+    """
+    with torch.device("meta"):
+        state = Model(config.with_keys(changed)).state_dict()
+    types = {
+        name: value.dtype
+        if name.endswith(PACKED_SUFFIXES)
+        else stored[name].dtype
+        if name in stored
+        else torch.bfloat16
+        for name, value in state.items()
+    }
+    return {name: Spec(file, types[name], tuple(value.shape)) for name, value in state.items()}
 
 
 def halved(name: str, tensor: Tensor) -> Mapping[str, Tensor]:

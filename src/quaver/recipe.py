@@ -24,11 +24,27 @@ from quaver.scripts import SCRIPTS
 Store = Literal["keep", "int8", "int4"]
 """How a block's matrices are stored: as they are, in 8 bits with a scale a row, or in AWQ INT4."""
 
+RECIPE = "recipe"
+"""The ``method`` that provenance.json has for what was stored by one."""
 PREDICTOR = "talker.code_predictor"
 PREDICTOR_LAYERS = f"{PREDICTOR}.model.layers"
 _PREDICTOR_REST = tuple(f"{PREDICTOR}.{name}" for name in ("lm_head", "model.codec_embedding"))
 _PROJECTION = f"{PREDICTOR}.small_to_mtp_projection"
-_STORES: Mapping[int | str, Store] = {"keep": "keep", 8: "int8", 4: "int4"}
+STORES: tuple[Store, ...] = ("keep", "int8", "int4")
+_BY_BITS: Mapping[int | str, Store] = {"keep": "keep", 8: "int8", 4: "int4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a budget's choice of ``store`` for a block rests on: by store, its bytes on disk and what it costs.
+
+    ``kl`` is the divergence from the original, in nats a frame over all codebooks, with this block alone so stored.
+    """
+
+    block: str
+    store: Store
+    n_bytes: Mapping[Store, int]
+    kl: Mapping[Store, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +53,7 @@ class Recipe:
 
     ``layers`` are talker layers that differ from ``talker``. The predictor in ``int4`` has its decoder layers in INT4
     and its heads, embeddings and projection in INT8. ``languages``: those whose text embedding rows stay, all where
-    empty; rows are pruned in INT8 alone.
+    empty; rows are pruned in INT8 alone. ``measured`` is why, where a budget chose (see budget).
     """
 
     talker: Store = "int4"
@@ -47,6 +63,8 @@ class Recipe:
     languages: tuple[str, ...] = ()
     codec_decoder: Literal["keep", "bfloat16"] = "keep"
     calibration: awq.Recipe = field(default_factory=awq.Recipe)
+    budget_bytes: int | None = None
+    measured: tuple[Measured, ...] = ()
 
     def __post_init__(self) -> None:
         if self.languages and self.text_embedding == "keep":
@@ -138,6 +156,29 @@ def readers(config: ModelConfig) -> str | None:
     return None
 
 
+def told(values: Mapping[str, Any]) -> str:
+    """What a recipe in plain values (see Recipe.to_json) did to a model, in words for its card."""
+    how = {"keep": "as they were", "int8": "INT8", "int4": "AWQ INT4"}
+    layers = [f"layer {index} {how[store]}" for index, store in values["layers"].items()]
+    parts = [
+        f"talker layers {how[values['talker']]}" + (f" ({', '.join(layers)})" if layers else ""),
+        f"code predictor {how[values['predictor']]}" + (", its heads, embeddings and projection INT8" * _rest(values)),
+        f"text embedding {how[values['text_embedding']]}",
+        f"codec decoder {'as it was' if values['codec_decoder'] == 'keep' else 'bfloat16 where it was float32'}",
+    ]
+    pruned = (
+        f" Rows of text that {', '.join(values['languages'])} cannot need were pruned." if values["languages"] else ""
+    )
+    return (
+        f"Each part was stored by a recipe: {'; '.join(parts)}.{pruned} INT4 has groups of 128 and zero points "
+        "in the GEMM layout, INT8 a scale a row; all else is bit-equal but the norms that absorbed scales."
+    )
+
+
+def _rest(values: Mapping[str, Any]) -> bool:
+    return bool(values["predictor"] == "int4")
+
+
 def read(path: str | Path) -> Recipe:
     """The recipe in a TOML file. Raises RecipeError that names the key for anything unknown or of another type."""
     path = Path(path)
@@ -205,7 +246,7 @@ def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
 def _store(bits: Any, where: str, allowed: tuple[int | str, ...]) -> Store:
     if isinstance(bits, bool) or bits not in allowed:
         raise RecipeError(f"{where} is {bits!r}: it can be {' or '.join(repr(one) for one in allowed)}")
-    return _STORES[bits]
+    return _BY_BITS[bits]
 
 
 def _indices(spelled: str) -> range:
