@@ -79,7 +79,7 @@ def choose(
     """``recipe`` with talker, code predictor and text embedding stored so that all tensors take ``most_bytes`` on disk.
 
     The codec counts. What ``recipe`` says of the text embedding, the codec and calibration stays. The utterances that
-    were asked about come along, to calibrate on. Raises BudgetError, with the numbers and before any work, where nothing
+    were asked about come along, to calibrate on. Before any work it raises BudgetError, with the numbers, where nothing
     fits, and RecipeError where all fits as it is or the recipe says what the budget is to choose.
     """
     if recipe.layers or (recipe.talker, recipe.predictor) != ("int4", "keep"):
@@ -174,8 +174,8 @@ def _check(
             f"talker layers {talker:,}, code predictor {predictor:,}{f', text embedding {text[0]:,}' if text else ''}"
         )
         raise BudgetError(
-            f"{most_bytes:,} bytes cannot hold {checkpoint.path}: at its smallest it takes {least:,} on disk ({told}, all "
-            f"else {fixed:,}); allow more, or by a recipe prune text_embedding.languages or set codec.decoder to bfloat16"
+            f"{most_bytes:,} bytes cannot hold {checkpoint.path}: at its smallest it takes {least:,} on disk ({told}, "
+            f"all else {fixed:,}); allow more, or prune text_embedding.languages or set codec.decoder by a recipe"
         )
 
 

@@ -1,8 +1,9 @@
 """Weights in 8 bits, a scale a row, and the layers that compute with them.
 
 A weight is ``W[r, c] = q[r, c] * s[r]`` with q in -127..127. On disk: ``weight_int8`` [rows, columns] int8 and
-``weight_scale`` [rows] float16. The names are none that another runtime knows, so that it stops at a missing ``weight``
-rather than read the integers as one. This module is the only place that decides how an INT8 product is computed.
+``weight_scale`` [rows] bfloat16, whose range has room for the smallest rows. Another runtime stops at the missing
+``weight`` rather than read the integers as one. This module is the only place that decides how an INT8 product is
+computed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quaver.int4 import representable
-
 SUFFIXES = (".weight_int8", ".weight_scale", ".kept_ids")
 """How the names of stored tensors end: the integers, their scales, and the ids of an embedding that lost rows."""
 _LARGEST = 127
+_SMALLEST = 2.0**-100
+# The operator reads inputs in vectors of 8 or 16 and, unasked, beyond the end of rows that are no multiple of that.
+_STRIDE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,14 @@ class Int8Weight:
     def nearest(cls, weight: Tensor) -> Int8Weight:
         """``weight`` [R, C] rounded to the nearest of 255 levels that span each row's range, 0 in the middle."""
         wide = weight.float()
-        scales = representable(wide.abs().amax(1) / _LARGEST)
+        # Rounded before it is used, so that the levels are those that are read back; a row of zeros has one too.
+        scales = (wide.abs().amax(1) / _LARGEST).clamp(min=_SMALLEST).bfloat16().float()
         values = (wide / scales[:, None]).round().clamp(-_LARGEST, _LARGEST)
         return cls(values.to(torch.int8), scales)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The two stored tensors by name."""
-        return {"weight_int8": self.values, "weight_scale": self.scales.to(torch.float16)}
+        return {"weight_int8": self.values, "weight_scale": self.scales.bfloat16()}
 
     def dequantize(self) -> Tensor:
         """The weight [R, C], float32."""
@@ -59,14 +62,14 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight_int8", torch.zeros(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float16))
+        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.bfloat16))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The product [..., out] of ``x`` [..., in], in the dtype of ``x``."""
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.in_features % _STRIDE == 0:
             rows = x.reshape(-1, self.in_features).contiguous()
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight_int8, self.weight_scale.bfloat16())
+            y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight_int8, self.weight_scale)
             y = y.view(*x.shape[:-1], self.out_features)
         else:
             # Sums of whole numbers up to 127 times an activation leave the range of float16.
@@ -89,7 +92,7 @@ class Int8Embedding(nn.Module):
         super().__init__()
         self.dtype = torch.float32
         self.register_buffer("weight_int8", torch.zeros(n_rows, size, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.zeros(n_rows, dtype=torch.float16))
+        self.register_buffer("weight_scale", torch.zeros(n_rows, dtype=torch.bfloat16))
         self.register_buffer("kept_ids", torch.zeros(n_rows, dtype=torch.int32) if pruned else None)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class MixedReport:
             sizes = [megabytes(one.n_bytes[s]) if s in one.n_bytes else "" for s in STORES]
             costs = [f"{one.kl[s]:.3g}" if s in one.kl else "" for s in STORES[1:]]
             yield row.format(one.block, one.store, *sizes, *costs).rstrip()
-        yield "KL: nats a frame over all codebooks, with the block alone rounded to nearest; the search then does better"
+        yield "KL: nats a frame over all codebooks, the block alone rounded to nearest; the search then does better"
 
 
 @dataclass(frozen=True, slots=True)

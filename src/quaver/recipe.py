@@ -79,8 +79,12 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for provenance."""
-        layers = {str(index): store for index, store in sorted(self.layers.items())}
-        return {**asdict(self), "layers": layers, "languages": list(self.languages)}
+        found = asdict(self)
+        found["layers"] = {str(index): store for index, store in sorted(self.layers.items())}
+        found["languages"], found["measured"] = list(self.languages), list(found["measured"])
+        if self.budget_bytes is None:
+            del found["budget_bytes"], found["measured"]
+        return found
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError or RecipeError, before any work, unless it can be carried out on ``checkpoint``."""

@@ -176,6 +176,7 @@ class TTS:
                 module.prepare(model.talker.codec_head.weight.dtype)
             elif isinstance(module, Int8Embedding):
                 module.dtype = model.talker.codec_head.weight.dtype
+        _check_kept(model.talker.model.text_embedding, checkpoint)
         return cls(checkpoint, model.eval(), sound.eval(), Tokenizer.load(checkpoint.path))
 
     @torch.inference_mode()
@@ -412,6 +413,8 @@ def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dty
                 f"{where}: tensor {name} has shape {tuple(stored.shape)}, "
                 f"the configuration says {tuple(wanted[name].shape)}"
             )
+        if name.endswith(INT8_SUFFIXES) and stored.dtype != wanted[name].dtype:
+            raise CheckpointError(f"{where}: tensor {name} has type {stored.dtype}, it must have {wanted[name].dtype}")
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
         if stored.is_floating_point() and stored.numel():
@@ -424,6 +427,18 @@ def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dty
         name = next(iter(missing))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{where}: tensor {name} is missing{more}")
+
+
+def _check_kept(table: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError unless the ids whose rows ``table`` kept are ids of the model, in order, each once."""
+    if not isinstance(table, Int8Embedding) or table.kept_ids is None:
+        return
+    n_ids = checkpoint.config.talker_config.text_vocab_size
+    steps, (low, high) = table.kept_ids.diff(), table.kept_ids.aminmax()
+    if bool((steps <= 0).any()) or low < 0 or high >= n_ids:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {TEXT_EMBEDDING}.kept_ids must hold ids below {n_ids} in order, each once"
+        )
 
 
 def _check_finite(tensor: Tensor, name: str, where: str) -> None:
