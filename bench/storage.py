@@ -15,7 +15,7 @@ import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,15 @@ CHOICES: Mapping[str, Recipe] = {
 }
 """What is written of the model, by name."""
 
-Row = dict[str, float | list[float]]
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One choice: its bytes on disk, divergences with their intervals, and agreement on codebook 0 in per cent."""
+
+    n_bytes: int
+    first_kl: tuple[float, float, float]
+    first_agreement: float
+    residual_kl: tuple[float, float, float]
 
 
 def made(
@@ -113,14 +121,16 @@ def main() -> int:
             sums, counts = (np.stack(x) for x in zip(*(differences(*pair) for pair in pairs), strict=True))
             low, high = interval(sums, counts)
             values = sums.sum(0) / counts.sum(0)
-            table[name] = {
-                "bytes": ledger.weigh(checkpoint).total.disk_bytes,
-                "first KL": [float(values[0]), float(low[0]), float(high[0])],
-                "first agreement": float(values[1]),
-                "residual KL": [float(values[2]), float(low[2]), float(high[2])],
-            }
+            first, residual = ((float(values[i]), float(low[i]), float(high[i])) for i in (0, 2))
+            table[name] = Row(ledger.weigh(checkpoint).total.disk_bytes, first, float(values[1]), residual)
         sound = sound_errors(tts, items)
-    result = {"model": source.path.name, "held_out_sha256": corpus.fingerprint(items), "choices": table, "sound": sound}
+    choices = {name: asdict(row) for name, row in table.items()}
+    result = {
+        "model": source.path.name,
+        "held_out_sha256": corpus.fingerprint(items),
+        "choices": choices,
+        "sound": sound,
+    }
     text = json.dumps(result, indent=1) + "\n"
     write_file(asked.out / "results.json", text.encode())
     print(text if asked.json else markdown(table, sound))
@@ -132,10 +142,8 @@ def markdown(table: Mapping[str, Row], sound: Mapping[str, float]) -> str:
     heads = ("bytes on disk", "KL of codebook 0, nats", "same likeliest, %", "KL of codebooks 1 to 15, nats")
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, row in table.items():
-        first, residual = (
-            f"{value:.2g} ({low:.2g} to {high:.2g})" for value, low, high in (row["first KL"], row["residual KL"])
-        )
-        lines.append(f"| {name} | {row['bytes']:,} | {first} | {row['first agreement']:.1f} | {residual} |")
+        first, residual = (f"{v:.2g} ({low:.2g} to {high:.2g})" for v, low, high in (row.first_kl, row.residual_kl))
+        lines.append(f"| {name} | {row.n_bytes:,} | {first} | {row.first_agreement:.1f} | {residual} |")
     told = ", ".join(f"{name} {decibels:.1f} dB below the sound" for name, decibels in sound.items())
     return "\n".join([*lines, "", f"The codec's decoder rounded to bfloat16 changes the sound by: {told}."])
 
