@@ -292,13 +292,29 @@ def test_damaged_int8_is_named(made, tmp_path, change, message):
         TTS.load(spoiled(made[0], tmp_path / "bad", change))
 
 
-def test_a_linear_cannot_be_in_both(made, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own["int8"].append("talker.model.layers.0"), r"layers\.0\.self_attn\.q_proj is in quaver\.int8"),
+        (
+            lambda own: own["int8"].append("talker.model.layers.7"),
+            r"names talker\.model\.layers\.7, where this model has",
+        ),
+        (lambda own: own["int8"].remove(TEXT_EMBEDDING), "text_rows is .*: rows of a text embedding in INT8"),
+        (lambda own: own.update(text_rows=0), "text_rows is 0"),
+        (lambda own: own.update(text_rows=5), "has shape .*the configuration says"),
+        (lambda own: own.pop("text_rows"), "kept_ids is left over|has shape"),
+        (lambda own: own.update(version=2), "version is 2; quaver implements 1 only"),
+        (lambda own: own.update(int4=[]), "unknown key 'int4'"),
+    ],
+)
+def test_a_configuration_that_lies_is_named(made, tmp_path, change, message):
     Checkpoint.open(made[0]).save(tmp_path / "bad")
     (tmp_path / "bad" / "provenance.json").unlink()
     settings = json.loads((tmp_path / "bad" / "config.json").read_text())
-    settings["quaver"]["int8"].append("talker.model.layers.0")
+    change(settings["quaver"])
     (tmp_path / "bad" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj is in quaver\.int8"):
+    with pytest.raises(CheckpointError, match=message):
         TTS.load(tmp_path / "bad")
 
 

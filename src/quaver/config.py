@@ -158,6 +158,12 @@ class StorageConfig:
 
     FIXED: typing.ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType({"version": (1,)})
 
+    def __post_init__(self) -> None:
+        if self.text_rows is not None and (self.text_rows < 1 or not self.holds("talker.model.text_embedding")):
+            raise CheckpointError(
+                f"quaver: text_rows is {self.text_rows}: rows of a text embedding in INT8, at least one, are meant"
+            )
+
     def holds(self, module: str) -> bool:
         """Whether the matrix of ``module`` is in INT8."""
         return any(f"{module}.".startswith(f"{name}.") for name in self.int8)

@@ -104,11 +104,16 @@ class Model(nn.Module):
             if speaker is None:
                 raise CheckpointError("config.json: a base model needs speaker_encoder_config")
             self.speaker_encoder = SpeakerEncoder(speaker)
+        own, in_int8 = config.quaver, set[str]()
         for name, module in list(self.named_modules()):
             stored = _as_stored(name, module, config)
             if stored is not module:
                 parent, _, leaf = name.rpartition(".")
                 setattr(self.get_submodule(parent), leaf, stored)
+                in_int8 |= {name} if isinstance(stored, Int8Linear | Int8Embedding) else set()
+        for part in own.int8 if own is not None else ():
+            if not any(f"{name}.".startswith(f"{part}.") for name in in_int8):
+                raise CheckpointError(f"config.json: quaver.int8 names {part}, where this model has no matrix")
 
 
 def _as_stored(name: str, module: nn.Module, config: ModelConfig) -> nn.Module:
