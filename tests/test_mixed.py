@@ -253,6 +253,23 @@ def test_what_cannot_be_exported_or_quantized_again_is_refused(made, compact, it
     assert not (tmp_path / "out").exists()
 
 
+def test_a_predictor_is_not_calibrated_on_silence(source, items, tmp_path):
+    silent = [Item(items[0].utterance, items[0].codes[:0])]
+    with pytest.raises(RecipeError, match="no frame of speech"):
+        mixed.quantize(source, tmp_path / "out", Recipe(predictor="int4"), calibration=silent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_more_frames_than_needed_are_kept_in_memory(source, items, monkeypatch):
+    tts = TTS.load(source)
+    every = mixed.predictor_inputs(tts, items, 512)
+    assert len(every) == sum(len(item.codes) for item in items) and every[0].shape == (16, 128)
+    monkeypatch.setattr(mixed, "_FRAMES", 25)
+    some = mixed.predictor_inputs(tts, items, 512)
+    assert len(some) <= 25 and torch.equal(some[1], every[3])
+    assert len(mixed.predictor_inputs(tts, items, 4)) == 4 * len(items)
+
+
 def test_an_interrupted_run_leaves_nothing(source, items, tmp_path):
     def interrupt(what, done, total):
         if "code_predictor" in what:

@@ -25,7 +25,7 @@ from quaver.corpus import Item, Progress
 from quaver.errors import BudgetError, RecipeError
 from quaver.int4 import Int4Linear
 from quaver.int8 import Int8Embedding, Int8Linear, Int8Weight
-from quaver.mixed import halved_type, rows_kept, specs
+from quaver.mixed import halved_type, rows_kept, stored_as, with_speech
 from quaver.model.tts import TEXT_EMBEDDING, TTS, Model
 from quaver.recipe import PREDICTOR, Measured, Recipe, Store, settings
 from quaver.validate import Opinion
@@ -91,7 +91,7 @@ def choose(
     _check(checkpoint, most_bytes, fixed, found, n_bytes)
     tts = TTS.load(checkpoint, device=device, dtype=dtype)
     items = awq.calibration_items(tts, recipe.calibration, calibration, progress)
-    kl = _measure(tts, found, items[:_N_ASKED], progress)
+    kl = _measure(tts, found, with_speech(items)[:_N_ASKED], progress)
     chosen = fit(n_bytes, kl, most_bytes - fixed)
     stores = {block.name: store for block, store in zip(found, chosen, strict=True)}
     layers = {index: stores[block.name] for index, block in enumerate(found) if block.prefix.startswith(awq.LAYERS)}
@@ -142,7 +142,7 @@ def _bytes(checkpoint: Checkpoint, recipe: Recipe, found: Sequence[Block]) -> tu
 
     def sizes(one: Recipe, text_rows: int | None = None) -> dict[str, int]:
         changed = settings(one, checkpoint.config, text_rows)
-        made = specs(checkpoint.config, changed, checkpoint.specs, checkpoint.path)
+        made = stored_as(checkpoint.config, changed, checkpoint.specs, checkpoint.path)
         return {name: spec.n_bytes for name, spec in made.items()}
 
     whole = sizes(replace(_KEEP, text_embedding=recipe.text_embedding), text_rows)

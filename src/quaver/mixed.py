@@ -22,6 +22,7 @@ from quaver.awq_search import search_layer
 from quaver.checkpoint import Checkpoint, Edit, Spec
 from quaver.config import ModelConfig
 from quaver.corpus import Item, Progress
+from quaver.errors import RecipeError
 from quaver.files import check_new
 from quaver.int8 import Int8Embedding, Int8Linear, Int8Weight
 from quaver.ledger import megabytes
@@ -183,8 +184,9 @@ def rows_kept(checkpoint: Checkpoint, languages: Sequence[str]) -> Tensor:
         config.im_start_token_id, config.im_end_token_id, config.assistant_token_id,
         config.tts_bos_token_id, config.tts_eos_token_id, config.tts_pad_token_id,
     }  # fmt: skip
-    spelled = kept_ids(Tokenizer.load(checkpoint.path).spellings(), languages)
-    return torch.tensor(sorted(control | set(spelled)), dtype=torch.int32)
+    needed = control | set(kept_ids(Tokenizer.load(checkpoint.path).spellings(), languages))
+    n_ids = config.talker_config.text_vocab_size
+    return torch.tensor(sorted(index for index in needed if index < n_ids), dtype=torch.int32)
 
 
 def int8_modules(config: ModelConfig, changed: Mapping[str, Any]) -> frozenset[str]:
@@ -194,19 +196,19 @@ def int8_modules(config: ModelConfig, changed: Mapping[str, Any]) -> frozenset[s
         return frozenset(name for name, module in modules if isinstance(module, Int8Linear | Int8Embedding))
 
 
-def specs(config: ModelConfig, changed: Mapping[str, Any], stored: Mapping[str, Spec], file: Path) -> dict[str, Spec]:
+def stored_as(
+    config: ModelConfig, changed: Mapping[str, Any], found: Mapping[str, Spec], file: Path
+) -> dict[str, Spec]:
     """Every tensor of a model of ``config`` once the keys ``changed`` of config.json are replaced, as if in ``file``.
 
-    Types are those of the tensors ``stored`` where these have the name, else bfloat16.
+    Types are those of the tensors ``found`` where these have the name, else bfloat16.
     """
     with torch.device("meta"):
         state = Model(config.with_keys(changed)).state_dict()
-    types = {
-        name: value.dtype
-        if name.endswith(PACKED_SUFFIXES)
-        else stored[name].dtype
-        if name in stored
-        else torch.bfloat16
+
+    otherwise = {name: spec.dtype for name, spec in found.items()}
+    types: dict[str, torch.dtype] = {
+        name: value.dtype if name.endswith(PACKED_SUFFIXES) else otherwise.get(name, torch.bfloat16)
         for name, value in state.items()
     }
     return {name: Spec(file, types[name], tuple(value.shape)) for name, value in state.items()}
@@ -286,14 +288,22 @@ def rounded(original: DecoderLayer, store: Store) -> DecoderLayer:
     return layer
 
 
+def with_speech(items: Sequence[Item]) -> list[Item]:
+    """Those of ``items`` that hold a frame of speech. Raises RecipeError when none does."""
+    found = [item for item in items if len(item.codes)]
+    if not found:
+        raise RecipeError("the calibration utterances hold no frame of speech: give some that do")
+    return found
+
+
 @torch.inference_mode()
 def predictor_inputs(tts: TTS, items: Sequence[Item], n_positions: int) -> list[Tensor]:
     """What the code predictor's first layer reads, [Q, D] float32 a frame, of the first frames of each item.
 
-    No more than _FRAMES frames of all, evenly spread.
+    No more than _FRAMES frames of all, evenly spread. Raises RecipeError where there is no frame.
     """
     frames: list[Tensor] = []
-    for item in items:
+    for item in with_speech(items):
         codes = item.codes[:n_positions].to(tts.device, torch.long)
         (logits,) = tts.force([tts.prompt(item.utterance)], [codes])
         first = tts.talker.embed_codec(codes[:, 0])

@@ -18,7 +18,7 @@ from quaver.checkpoint import INDEX, Spec, read_specs, resolve
 from quaver.config import CodecConfig, read_codec_config, read_model_config
 from quaver.errors import CheckpointError
 from quaver.ledger import Entry, megabytes
-from quaver.mixed import halved_type, specs
+from quaver.mixed import halved_type, stored_as
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import memory_bytes
 from quaver.provenance import CODEC, Provenance
@@ -90,7 +90,7 @@ def plan(
         "compact": settings(COMPACT, config),
     }
     profiles = tuple(
-        Profile(name, *_HOW[name], _weighed(name, specs(config, changed[name], stored, file), codec_specs, device))
+        Profile(name, *_HOW[name], _weighed(name, stored_as(config, changed[name], stored, file), codec_specs, device))
         for name in names
     )
     return Plan(
