@@ -10,8 +10,8 @@ import quaver
 
 ROOT = Path(quaver.__file__).parent
 FLOORS = (
-    ("errors", "config", "provenance", "checkpoint", "files", "audio", "text", "voice", "report", "plots"),
-    ("sampling", "int4", "model"),
+    ("errors", "config", "provenance", "checkpoint", "files", "audio", "text", "scripts", "voice", "report", "plots"),
+    ("sampling", "int4", "int8", "model"),
     ("kernels", "engine"),
     (
         "ledger",
@@ -21,6 +21,9 @@ FLOORS = (
         "corpus",
         "awq",
         "awq_search",
+        "recipe",
+        "mixed",
+        "budget",
         "blend",
         "export",
         "comparison",

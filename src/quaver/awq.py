@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quaver import corpus
 from quaver.awq_search import GroupReport, LayerSearch, Moment, search_layer
-from quaver.checkpoint import Checkpoint
+from quaver.checkpoint import Checkpoint, Spec
 from quaver.corpus import Item, Progress
 from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_new
@@ -133,17 +133,11 @@ def quantize(
     """
     recipe, out = recipe or Recipe(), check_new(out)
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    _check(checkpoint)
+    require_plain(checkpoint)
+    require_stack(checkpoint, LAYERS, range(checkpoint.config.talker_config.num_hidden_layers))
     start = time.perf_counter()
     tts = TTS.load(checkpoint, device=device, dtype=dtype)
-    if calibration is None:
-        items: Sequence[Item] = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, progress=progress)
-    elif isinstance(calibration, str | Path):
-        items = corpus.load(tts, calibration, recipe.n_samples, progress)
-    else:
-        items = calibration[: recipe.n_samples]
-    if not items:
-        raise RecipeError(f"{calibration} holds no utterance: at least one is needed to calibrate")
+    items = calibration_items(tts, recipe, calibration, progress)
     rows = talker_inputs(tts, items, recipe.n_positions)
     calibrated = time.perf_counter()
     layers, tensors, absorbed = _quantize_layers(tts, rows, search, progress)
@@ -175,25 +169,48 @@ def quantize(
     )
 
 
-def settings() -> dict[str, Any]:
-    """``quantization_config`` of what this module writes."""
+def calibration_items(
+    tts: TTS, recipe: Recipe, calibration: str | Path | Sequence[Item] | None, progress: Progress | None
+) -> Sequence[Item]:
+    """The utterances to calibrate on: of a JSON-lines file, those given, or by default the model's own speech.
+
+    Raises RecipeError when there is none.
+    """
+    if calibration is None:
+        items: Sequence[Item] = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, progress=progress)
+    elif isinstance(calibration, str | Path):
+        items = corpus.load(tts, calibration, recipe.n_samples, progress)
+    else:
+        items = calibration[: recipe.n_samples]
+    if not items:
+        raise RecipeError(f"{calibration} holds no utterance: at least one is needed to calibrate")
+    return items
+
+
+def settings(kept: Sequence[str] = KEPT) -> dict[str, Any]:
+    """``quantization_config`` of a model with its linears in AWQ INT4 but for those that ``kept`` names."""
     return {
         "quant_method": "awq",
         "version": "gemm",
         "bits": 4,
         "group_size": GROUP,
         "zero_point": True,
-        "modules_to_not_convert": list(KEPT),
+        "modules_to_not_convert": list(kept),
     }
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    if checkpoint.config.quantization_config is not None:
+def require_plain(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a model that is quantized already."""
+    if checkpoint.config.quantization_config is not None or checkpoint.config.quaver is not None:
         raise CheckpointError(f"{checkpoint.path} is quantized already: quantize the model it was made from")
-    for index in range(checkpoint.config.talker_config.num_hidden_layers):
+
+
+def require_stack(checkpoint: Checkpoint, prefix: str, indices: Iterable[int]) -> None:
+    """Raises CheckpointError, naming the tensor, unless the decoder layers ``prefix.index`` can be INT4."""
+    for index in indices:
         for group in GROUPS:
             for linear in group.linears:
-                name = f"{LAYERS}.{index}.{linear}.weight"
+                name = f"{prefix}.{index}.{linear}.weight"
                 if name not in checkpoint.specs:
                     raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
                 shape = checkpoint.specs[name].shape
@@ -296,28 +313,50 @@ def _quantize_layers(
     absorbed: dict[str, tuple[float, float]] = {}
     for index, original in enumerate(decoder.layers):
         assert isinstance(original, DecoderLayer)
-        layer = copy.deepcopy(original).float()
-        prefix = f"{LAYERS}.{index}"
-        dtype = specs[f"{prefix}.input_layernorm.weight"].dtype
-        found = search(layer, stream.observe(layer), dtype)
-        for linear, weight in found.weights.items():
-            name = f"{prefix}.{linear}"
-            tensors[f"{name}.weight"] = {f"{name}.{key}": value.cpu() for key, value in weight.tensors().items()}
-            found.layer.get_parameter(f"{linear}.weight").data.copy_(weight.dequantize())
-        for norm in sorted({group.before for group in GROUPS} - found.weights.keys()):
-            before = original.get_parameter(f"{norm}.weight").to(dtype)
-            stored = found.layer.get_parameter(f"{norm}.weight").data.to(dtype)
-            if not torch.equal(stored, before):
-                name = f"{prefix}.{norm}.weight"
-                tensors[name] = {name: stored.cpu()}
-                # A channel that a weight of 0 silences took no scale.
-                absorbed[name] = _ends((before.float() / stored.float())[stored != 0])
-        absorbed |= {f"{prefix}.{linear}.weight": _ends(scale) for linear, scale in found.units.items()}
-        stream.advance(found.layer)
-        reports.append(LayerReport(index, tuple(found.reports)))
+        done = quantize_layer(original, f"{LAYERS}.{index}", stream, specs, search)
+        tensors |= done.tensors
+        absorbed |= done.absorbed
+        stream.advance(done.layer)
+        reports.append(LayerReport(index, done.reports))
         if progress:
             progress("quantizing layers", index + 1, len(decoder.layers))
     return tuple(reports), tensors, absorbed
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """One layer in INT4: what it computes now (float32), its groups' reports, what stands in place of each tensor that
+    changes, and what absorbed which scales."""
+
+    layer: DecoderLayer
+    reports: tuple[GroupReport, ...]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    absorbed: Mapping[str, tuple[float, float]]
+
+
+def quantize_layer(
+    original: DecoderLayer, prefix: str, stream: Stream, specs: Mapping[str, Spec], search: Search
+) -> QuantizedLayer:
+    """The layer ``original``, called ``prefix`` in the checkpoint of ``specs``, in INT4 for what ``stream`` brings."""
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    absorbed: dict[str, tuple[float, float]] = {}
+    layer = copy.deepcopy(original).float()
+    dtype = specs[f"{prefix}.input_layernorm.weight"].dtype
+    found = search(layer, stream.observe(layer), dtype)
+    for linear, weight in found.weights.items():
+        name = f"{prefix}.{linear}"
+        tensors[f"{name}.weight"] = {f"{name}.{key}": value.cpu() for key, value in weight.tensors().items()}
+        found.layer.get_parameter(f"{linear}.weight").data.copy_(weight.dequantize())
+    for norm in sorted({group.before for group in GROUPS} - found.weights.keys()):
+        before = original.get_parameter(f"{norm}.weight").to(dtype)
+        stored = found.layer.get_parameter(f"{norm}.weight").data.to(dtype)
+        if not torch.equal(stored, before):
+            name = f"{prefix}.{norm}.weight"
+            tensors[name] = {name: stored.cpu()}
+            # A channel that a weight of 0 silences took no scale.
+            absorbed[name] = _ends((before.float() / stored.float())[stored != 0])
+    absorbed |= {f"{prefix}.{linear}.weight": _ends(scale) for linear, scale in found.units.items()}
+    return QuantizedLayer(found.layer, tuple(found.reports), tensors, absorbed)
 
 
 def _ends(scale: Tensor) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from quaver.int4 import GROUP, IN_TURN, pack, unpack
 from quaver.model.talker import TextProjection
 from quaver.model.tts import shapes
 from quaver.provenance import PROVENANCE, Provenance, Step
+from quaver.recipe import readers
 
 Format = Literal["compressed-tensors", "qwen3"]
 
@@ -98,6 +99,11 @@ def _check(checkpoint: Checkpoint) -> None:
     if checkpoint.config.quantization_config is None:
         raise CheckpointError(
             f"{checkpoint.path} is not quantized, and only INT4 is exported: make it INT4 first with quaver quantize"
+        )
+    if readers(checkpoint.config) is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} is stored by a recipe, and the export formats know a talker in INT4 and all else "
+            "unquantized: export what quaver quantize writes without profile, recipe and budget"
         )
     wanted = shapes(checkpoint.config)
     if wrong := wanted.keys() ^ checkpoint.specs.keys():

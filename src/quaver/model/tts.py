@@ -20,6 +20,8 @@ from quaver.checkpoint import Checkpoint, Spec
 from quaver.config import SUPPRESSED_IDS, ModelConfig, read_json
 from quaver.errors import CheckpointError, RecipeError, VoiceError
 from quaver.int4 import Int4Linear
+from quaver.int8 import SUFFIXES as INT8_SUFFIXES
+from quaver.int8 import Int8Embedding, Int8Linear
 from quaver.model import speaker as speaker_encoder
 from quaver.model.codec_encoder import Codec
 from quaver.model.speaker import SpeakerEncoder
@@ -34,6 +36,9 @@ Layout = Literal["stream", "whole"]
 _SPEAKER = "speaker_encoder."
 _FLOAT32_ON_CPU_BYTES = 1_000_000_000
 INT4_SUFFIXES = (".qweight", ".qzeros", ".scales")
+PACKED_SUFFIXES = (*INT4_SUFFIXES, *INT8_SUFFIXES)
+"""How the names of tensors end that keep their type whatever the model is computed in."""
+TEXT_EMBEDDING = "talker.model.text_embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,10 @@ class Defaults:
 
 
 class Model(nn.Module):
-    """The modules of ``model.safetensors`` under their checkpoint names, with INT4 linears where it is quantized."""
+    """The modules of ``model.safetensors`` under their checkpoint names, in INT4 and INT8 where it is quantized.
+
+    Its names, shapes and types say how each tensor is stored: writing, reading and planning all follow it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -97,13 +105,36 @@ class Model(nn.Module):
             if speaker is None:
                 raise CheckpointError("config.json: a base model needs speaker_encoder_config")
             self.speaker_encoder = SpeakerEncoder(speaker)
-        if config.quantization_config is not None:
-            kept = config.quantization_config.modules_to_not_convert
-            for name, module in list(self.named_modules()):
-                if isinstance(module, nn.Linear) and not any(part in name for part in kept):
-                    parent, _, leaf = name.rpartition(".")
-                    linear = Int4Linear(module.in_features, module.out_features, bias=module.bias is not None)
-                    setattr(self.get_submodule(parent), leaf, linear)
+        own, in_int8 = config.quaver, set[str]()
+        for name, module in list(self.named_modules()):
+            stored = _as_stored(name, module, config)
+            if stored is not module:
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(parent), leaf, stored)
+                in_int8 |= {name} if isinstance(stored, Int8Linear | Int8Embedding) else set()
+        for part in own.int8 if own is not None else ():
+            if not any(f"{name}.".startswith(f"{part}.") for name in in_int8):
+                raise CheckpointError(f"config.json: quaver.int8 names {part}, where this model has no matrix")
+
+
+def _as_stored(name: str, module: nn.Module, config: ModelConfig) -> nn.Module:
+    """What stands for ``module`` in a model of ``config``: itself, or its form in INT4 or INT8.
+
+    Raises CheckpointError for a linear that the configuration has in both.
+    """
+    awq, own = config.quantization_config, config.quaver
+    in_int8 = own is not None and own.holds(name)
+    if isinstance(module, nn.Linear):
+        in_int4 = awq is not None and not any(part in name for part in awq.modules_to_not_convert)
+        if in_int4 and in_int8:
+            raise CheckpointError(f"config.json: {name} is in quaver.int8, and modules_to_not_convert leaves it out")
+        if in_int4 or in_int8:
+            kind = Int4Linear if in_int4 else Int8Linear
+            return kind(module.in_features, module.out_features, bias=module.bias is not None)
+    if isinstance(module, nn.Embedding) and in_int8:
+        n_rows = own.text_rows if own is not None and name == TEXT_EMBEDDING else None
+        return Int8Embedding(n_rows or module.num_embeddings, module.embedding_dim, pruned=n_rows is not None)
+    return module
 
 
 class TTS:
@@ -149,6 +180,9 @@ class TTS:
         for module in model.modules():
             if isinstance(module, Int4Linear):
                 module.prepare(model.talker.codec_head.weight.dtype)
+            elif isinstance(module, Int8Embedding):
+                module.dtype = model.talker.codec_head.weight.dtype
+        _check_kept(model.talker.model.text_embedding, checkpoint)
         return cls(checkpoint, model.eval(), sound.eval(), Tokenizer.load(checkpoint.path))
 
     @torch.inference_mode()
@@ -271,7 +305,13 @@ class TTS:
         return banned
 
     def _text(self, ids: Sequence[int]) -> Tensor:
-        return self.talker.embed_text(torch.tensor(ids, dtype=torch.long, device=self.device))
+        wanted, table = torch.tensor(ids, dtype=torch.long, device=self.device), self.talker.model.text_embedding
+        if isinstance(table, Int8Embedding) and len(pruned := table.pruned(wanted)):
+            raise RecipeError(
+                f"this model has lost its text embedding of {self.tokenizer.text_of(int(pruned[0]))!r}: it was pruned "
+                "to some languages (see its provenance.json); say it otherwise, or take a model that was not pruned"
+            )
+        return self.talker.embed_text(wanted)
 
     def _codec(self, ids: Sequence[int]) -> Tensor:
         return self.talker.embed_codec(torch.tensor(ids, dtype=torch.long, device=self.device))
@@ -366,7 +406,7 @@ def memory_bytes(
             if device.type == "cpu" and name.endswith((".qzeros", ".scales")):
                 # The CPU's layout folds the zero points into a second row of scales.
                 sizes[name] = 0 if name.endswith(".qzeros") else 2 * spec.n_bytes
-            elif dtype is None or not spec.dtype.is_floating_point or name.endswith(INT4_SUFFIXES):
+            elif dtype is None or not spec.dtype.is_floating_point or name.endswith(PACKED_SUFFIXES):
                 sizes[name] = spec.n_bytes
             else:
                 sizes[name] = spec.n_elements * dtype.itemsize
@@ -374,8 +414,8 @@ def memory_bytes(
 
 
 def _default_dtype(specs: Mapping[str, Spec], device: torch.device) -> torch.dtype | None:
-    """Float32 for a small unquantized model on a CPU; else as stored, in which PyTorch's int4 operator is fast."""
-    if device.type != "cpu" or any(name.endswith(INT4_SUFFIXES) for name in specs):
+    """Float32 for a small unquantized model on a CPU; else as stored, in which PyTorch's operators are fast."""
+    if device.type != "cpu" or any(name.endswith(PACKED_SUFFIXES) for name in specs):
         return None
     n_values = sum(spec.n_elements for spec in specs.values())
     return torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
@@ -393,11 +433,13 @@ def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dty
                 f"{where}: tensor {name} has shape {tuple(stored.shape)}, "
                 f"the configuration says {tuple(wanted[name].shape)}"
             )
+        if name.endswith(INT8_SUFFIXES) and stored.dtype != wanted[name].dtype:
+            raise CheckpointError(f"{where}: tensor {name} has type {stored.dtype}, it must have {wanted[name].dtype}")
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
         if stored.is_floating_point() and stored.numel():
             _check_finite(stored, name, where)
-        plain = stored.is_floating_point() and not isinstance(owner, Int4Linear)
+        plain = stored.is_floating_point() and not name.endswith(PACKED_SUFFIXES)
         tensor = stored.to(device, dtype if plain else None)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
         del missing[name]
@@ -405,6 +447,18 @@ def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dty
         name = next(iter(missing))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{where}: tensor {name} is missing{more}")
+
+
+def _check_kept(table: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError unless the ids whose rows ``table`` kept are ids of the model, in order, each once."""
+    if not isinstance(table, Int8Embedding) or table.kept_ids is None:
+        return
+    n_ids = checkpoint.config.talker_config.text_vocab_size
+    steps, (low, high) = table.kept_ids.diff(), table.kept_ids.aminmax()
+    if bool((steps <= 0).any()) or low < 0 or high >= n_ids:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {TEXT_EMBEDDING}.kept_ids must hold ids below {n_ids} in order, each once"
+        )
 
 
 def _check_finite(tensor: Tensor, name: str, where: str) -> None:
