@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toy
-from quaver import awq, awq_search
+from quaver import awq, awq_search, corpus
 from quaver.awq_search import (
     Feed,
     Feedback,
@@ -32,7 +38,7 @@ from quaver.awq_search import (
 )
 from quaver.checkpoint import Checkpoint
 from quaver.corpus import Item
-from quaver.errors import CheckpointError, RecipeError
+from quaver.errors import BudgetError, CheckpointError, RecipeError
 from quaver.int4 import GROUP, Int4Linear, Int4Weight
 from quaver.model.layers import GROUPS, DecoderLayer
 from quaver.model.tts import TTS, Utterance
@@ -452,14 +458,131 @@ def test_progress_tells_every_layer_and_the_report_is_json(toy_folder, items, tm
     assert f"{before / 1e6:.1f} MB to {after / 1e6:.1f} MB" in report.summary()
 
 
-def test_an_interrupted_run_leaves_nothing(toy_folder, items, tmp_path):
+KILLED = """
+import os, signal, sys
+import torch
+from quaver import awq
+from quaver.partial import Partial
+
+torch.set_num_threads(1)
+source, out, when = sys.argv[1:]
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def progress(what, done, total):
+    if f"{what} {done}" == when:
+        die()
+
+if when == "deliver":
+    Partial.deliver = die
+awq.quantize(source, out, awq.Recipe(n_samples=2, n_positions=40), progress=progress)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(toy_folder, tmp_path_factory):
+    """The toy quantized at one go on its own speech."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    awq.quantize(toy_folder, out, awq.Recipe(n_samples=2, n_positions=40))
+    return out
+
+
+def kill(toy_folder, out, when):
+    """Quantizes as `whole` does in a process of its own, which is killed ``when`` progress says that."""
+    done = subprocess.run([sys.executable, "-c", KILLED, toy_folder, out, when], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not out.exists()
+    return out.with_name(f".{out.name}.partial")
+
+
+def digests(folder):
+    return {path.relative_to(folder).as_posix(): digest(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("when", ["speaking 2", "quantizing layers 1", "quantizing layers 2", "deliver"])
+def test_a_killed_run_goes_on_to_the_same_bytes(toy_folder, whole, tmp_path, monkeypatch, when):
+    kill(toy_folder, tmp_path / "out", when)
+    if when != "speaking 2":
+        # What was said is not said again.
+        monkeypatch.setattr(corpus, "builtin", None)
+    n_finished = {"quantizing layers 1": 1, "quantizing layers 2": 2, "deliver": 2}.get(when, 0)
+    report = awq.quantize(toy_folder, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    assert report.n_resumed == n_finished
+    assert ("finished earlier" in report.summary()) == bool(n_finished)
+    assert digests(tmp_path / "out") == digests(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_unfinished_work_of_another_kind_is_an_error_that_says_which(toy_folder, whole, tmp_path):
+    partial = kill(toy_folder, tmp_path / "out", "quantizing layers 1")
+    before = digests(partial)
+    for recipe, more, what in (
+        (awq.Recipe(n_samples=2, n_positions=39), {}, "recipe"),
+        (awq.Recipe(n_samples=2, n_positions=40), {"dtype": torch.bfloat16}, "recipe"),
+        (awq.Recipe(n_samples=2, n_positions=40), {"search": lambda *_: None}, "recipe"),
+        (awq.Recipe(n_samples=3, n_positions=40), {"calibration": []}, "calibration set and recipe"),
+    ):
+        with pytest.raises(RecipeError, match=f"of another {what}: go on with that one"):
+            awq.quantize(toy_folder, tmp_path / "out", recipe, **more)
+    other = toy.checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(RecipeError, match="of another model: "):
+        awq.quantize(other, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    assert digests(partial) == before
+
+
+def test_a_damaged_piece_is_named_and_once_removed_made_again(toy_folder, whole, tmp_path):
+    partial = kill(toy_folder, tmp_path / "out", "deliver")
+    (piece,) = partial.glob("layer-000.*.safetensors")
+    content = bytearray(piece.read_bytes())
+    content[-7] ^= 1
+    piece.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"layer-000.* is damaged: remove it"):
+        awq.quantize(toy_folder, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    piece.unlink()
+    report = awq.quantize(toy_folder, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    assert report.n_resumed == 1
+    assert digests(tmp_path / "out") == digests(whole)
+
+
+@pytest.mark.parametrize("full", ["layer-001", "made"])
+def test_a_full_disk_keeps_what_is_finished(toy_folder, items, quantized, tmp_path, monkeypatch, full):
+    real = os.fsync
+
+    def fsync(file):
+        if full in str(Path(f"/proc/self/fd/{file}").readlink()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(BudgetError, match=r"no space left .*what is finished is kept in .*\.out\.partial"):
+        awq.quantize(toy_folder, tmp_path / "out", calibration=items)
+    monkeypatch.undo()
+    report = awq.quantize(toy_folder, tmp_path / "out", calibration=items)
+    assert report.n_resumed == (1 if full == "layer-001" else 2)
+    assert digests(tmp_path / "out") == digests(quantized[0])
+
+
+def test_an_interrupted_run_leaves_only_what_it_finished(toy_folder, items, tmp_path):
     def interrupt(what, done, total):
-        if done == total:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         awq.quantize(toy_folder, tmp_path / "out", calibration=items, progress=interrupt)
-    assert not list(tmp_path.iterdir())
+    (partial,) = tmp_path.iterdir()
+    assert partial.name == ".out.partial"
+    assert {path.name.partition(".")[0] for path in partial.iterdir()} == {"calibration", "key", "layer-000", "lock"}
+
+
+def test_the_report_tells_where_time_and_memory_went(quantized):
+    report = quantized[1]
+    assert set(report.seconds) >= {"summing", "loading", "calibration", "moments", "search", "writing"}
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+    assert report.device_bytes is None
+    assert report.host_bytes > 50_000_000
+    assert f"host memory {report.host_bytes / 1e9:.2f} GB" in report.summary()
+    # The bytes of the model do not depend on a clock.
+    assert "seconds" not in (quantized[0] / "provenance.json").read_text()
 
 
 def test_quantizing_twice_is_refused(quantized, items, tmp_path):

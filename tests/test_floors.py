@@ -10,7 +10,20 @@ import quaver
 
 ROOT = Path(quaver.__file__).parent
 FLOORS = (
-    ("errors", "config", "provenance", "checkpoint", "files", "audio", "text", "voice", "report", "plots"),
+    (
+        "errors",
+        "config",
+        "provenance",
+        "checkpoint",
+        "files",
+        "partial",
+        "meter",
+        "audio",
+        "text",
+        "voice",
+        "report",
+        "plots",
+    ),
     ("sampling", "int4", "model"),
     ("kernels", "engine"),
     (

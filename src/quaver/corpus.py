@@ -21,6 +21,7 @@ from torch import Tensor
 from quaver import audio as audio_files
 from quaver.engine import Engine
 from quaver.errors import RecipeError, VoiceError
+from quaver.files import sha256
 from quaver.model.speaker import SAMPLE_RATE_HZ
 from quaver.model.tts import TTS, Utterance, references
 from quaver.voice import Voice
@@ -65,6 +66,30 @@ def fingerprint(items: Sequence[Item]) -> str:
         said = item.utterance
         head = [said.text, said.language, said.voice.name if said.voice else said.instruct, list(item.codes.shape)]
         total.update(json.dumps(head).encode() + item.codes.to(torch.int32).contiguous().cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def identity(calibration: str | Path | Sequence[Item] | None) -> str:
+    """The SHA-256 of all that a calibration set is made of beside the model: "own" for speech that it makes itself.
+
+    A file's identity is that of its text and of every recording and voice file it names. Raises RecipeError.
+    """
+    if calibration is None:
+        return "own"
+    total = hashlib.sha256()
+    if not isinstance(calibration, str | Path):
+        total.update(fingerprint(calibration).encode())
+        for item in calibration:
+            voice = item.utterance.voice
+            parts = () if voice is None else (voice.speaker, voice.codes)
+            total.update(json.dumps([item.utterance.layout, voice.text if voice else None]).encode())
+            total.update(b"".join(part.cpu().contiguous().numpy().tobytes() for part in parts if part is not None))
+        return total.hexdigest()
+    path = Path(calibration)
+    for row in _read_rows(path):
+        total.update(json.dumps(row, sort_keys=True).encode())
+        near = (path.parent / name for name in (row.get("audio"), row.get("voice")) if isinstance(name, str))
+        total.update("".join(sha256(one) for one in near if one.is_file()).encode())
     return total.hexdigest()
 
 

@@ -12,6 +12,7 @@ from quaver import awq, blend, export
 from quaver.checkpoint import Checkpoint
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
 from quaver.files import check_new
+from quaver.partial import partial_folder
 
 
 @cli.command()
@@ -31,13 +32,22 @@ def quantize(
     source: str, out: Path, samples: int, positions: int, seed: int, calibration: Path | None, codec: str | None,
     device: str, dtype: str, *, as_json: bool,
 ) -> None:  # fmt: skip
-    """Quantize the talker of SOURCE to AWQ INT4 (group 128, zero points, GEMM layout)."""
+    """Quantize the talker of SOURCE to AWQ INT4 (group 128, zero points, GEMM layout).
+
+    Killed or interrupted, the same command goes on from the layers that were finished, to the same bytes.
+    """
     check_new(out)
     recipe = awq.Recipe(n_samples=samples, n_positions=positions, seed=seed)
     checkpoint = Checkpoint.open(source, codec=codec)
-    report = awq.quantize(
-        checkpoint, out, recipe, device=device, dtype=DTYPES[dtype], calibration=calibration, progress=Progress()
-    )
+    try:
+        report = awq.quantize(
+            checkpoint, out, recipe, device=device, dtype=DTYPES[dtype], calibration=calibration, progress=Progress()
+        )
+    except KeyboardInterrupt:
+        kept = partial_folder(out)
+        if kept.exists():
+            click.echo(f"quaver: what is finished is kept in {kept}: the same command goes on from there", err=True)
+        raise
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:

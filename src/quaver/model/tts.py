@@ -135,9 +135,7 @@ class TTS:
         mis-shaped or non-finite tensor, by name.
         """
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, codec=codec)
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RecipeError("no CUDA device is available here: use --device cpu")
+        device = require_device(device)
         dtype = dtype or _default_dtype(checkpoint.specs, device)
         with torch.device("meta"):
             model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
@@ -326,6 +324,14 @@ class TTS:
             if isinstance(dialect, str):
                 return config.codec_language_id[dialect]
         return None if language == "auto" else config.codec_language_id[language]
+
+
+def require_device(device: str | torch.device) -> torch.device:
+    """``device`` as PyTorch's. Raises RecipeError for one that is not here."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("no CUDA device is available here: use --device cpu")
+    return device
 
 
 def references() -> dict[str, Path]:
