@@ -26,11 +26,10 @@ from quaver.files import check_new
 from quaver.int4 import GROUP, Int4Weight, require_shape
 from quaver.meter import Meter, host_bytes
 from quaver.model.layers import GROUPS, Decoder, DecoderLayer
-from quaver.model.tts import TTS, require_device
+from quaver.model.tts import LAYERS, TTS, require_device
 from quaver.partial import Partial
 from quaver.provenance import Step
 
-LAYERS = "talker.model.layers"
 KEPT = ("talker.code_predictor", "talker.codec_head", "talker.text_projection", "speaker_encoder")
 """Prefixes of the linears that stay as they are (``modules_to_not_convert``)."""
 
@@ -38,6 +37,8 @@ Search = Callable[[DecoderLayer, Mapping[str, Moment], torch.dtype], LayerSearch
 """Finds the INT4 weights of a float32 layer from its inputs' moments and the type its norms are stored in."""
 
 _BATCH_POSITIONS = 4096
+_ROOM_BYTES = 250_000_000
+"""Larger talkers speak with their layers visiting the device."""
 _CALIBRATION = "calibration"
 _STREAMED = "float32."
 """Before the names of the norms of a finished layer as the stream runs them: what is stored of them is rounded."""
@@ -250,7 +251,7 @@ def _calibrate(
     note = partial.note(_CALIBRATION)
     if note is None:
         with meter.stage("loading"):
-            tts = TTS.load(checkpoint, device=device, dtype=dtype)
+            tts = TTS.load(checkpoint, device=device, dtype=dtype, room_bytes=_ROOM_BYTES)
         with meter.stage("calibration"):
             if calibration is None:
                 items: Sequence[Item] = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, progress=progress)

@@ -23,7 +23,7 @@ from quaver.engine import Engine
 from quaver.errors import RecipeError, VoiceError
 from quaver.files import sha256
 from quaver.model.speaker import SAMPLE_RATE_HZ
-from quaver.model.tts import TTS, Utterance, references
+from quaver.model.tts import TTS, Prompt, Utterance, references
 from quaver.voice import Voice
 
 Progress = Callable[[str, int, int], None]
@@ -34,6 +34,8 @@ Split = Literal["calibration", "held-out"]
 SENTENCES = "sentences.jsonl"
 _HELD_OUT_BYTES = 64
 _BATCH = 64
+_CACHE_VALUES = 500_000_000
+"""Keys and values that a batch may hold: 1 GB of a model that computes in 16 bits. Small models never get there."""
 
 INSTRUCTS = (
     "A calm middle-aged woman with a warm, low voice.",
@@ -219,17 +221,14 @@ def _speakers(tts: TTS, voices: Sequence[Voice] | None) -> _Speakers:
 def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None = None) -> list[Item]:
     """The utterances with the codes that the model says them with, in batches of like length.
 
-    The batches depend on the texts alone, so that two models are asked alike. Speech longer than :func:`most_frames`
-    of its text may have been cut.
+    The batches depend on the prompts and the widths alone, so that two models are asked alike. Speech longer than
+    :func:`most_frames` of its text may have been cut.
     """
     engine = Engine(tts)
     caps = [most_frames(utterance.text) for utterance in utterances]
-    by_length = sorted(range(len(utterances)), key=lambda index: (caps[index], index))
     items: dict[int, Item] = {}
-    for start in range(0, len(by_length), _BATCH):
-        batch = by_length[start : start + _BATCH]
+    for batch, prompts in _batches(tts, utterances, caps):
         knobs = replace(engine.knobs, max_frames=caps[batch[-1]])
-        prompts = [tts.prompt(utterances[index]) for index in batch]
         codes = engine.codes(prompts, [utterances[index].seed for index in batch], knobs)
         # Cut at its own cap, not at the batch's: an item does not depend on who shares its batch.
         items |= {
@@ -238,6 +237,27 @@ def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None =
         if progress:
             progress("speaking", len(items), len(utterances))
     return [items[index] for index in range(len(utterances))]
+
+
+def _batches(
+    tts: TTS, utterances: Sequence[Utterance], caps: Sequence[int]
+) -> Iterator[tuple[list[int], list[Prompt]]]:
+    """The utterances' places and prompts, those of the least ``caps`` first, as many as the cache has room for."""
+    config = tts.config.talker_config
+    n_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    batch: list[int] = []
+    prompts: list[Prompt] = []
+    for index in sorted(range(len(utterances)), key=lambda index: (caps[index], index)):
+        prompt = tts.prompt(utterances[index])
+        n_positions = max(len(one.embeds) for one in (*prompts, prompt)) + caps[index]
+        full = len(batch) == _BATCH or (len(batch) + 1) * n_positions * n_values > _CACHE_VALUES
+        if batch and full:
+            yield batch, prompts
+            batch, prompts = [], []
+        batch.append(index)
+        prompts.append(prompt)
+    if batch:
+        yield batch, prompts
 
 
 def most_frames(text: str) -> int:

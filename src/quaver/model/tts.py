@@ -5,7 +5,7 @@ Shapes: B batch, T frames, P prompt positions, S text positions, Q codebooks, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from quaver.model import speaker as speaker_encoder
 from quaver.model.codec_encoder import Codec
 from quaver.model.speaker import SpeakerEncoder
 from quaver.model.talker import Talker
+from quaver.model.visiting import Visiting
 from quaver.sampling import Sampling
 from quaver.text import Tokenizer, check_text
 from quaver.voice import Voice
@@ -33,6 +34,11 @@ Layout = Literal["stream", "whole"]
 
 _FLOAT32_ON_CPU_BYTES = 1_000_000_000
 INT4_SUFFIXES = (".qweight", ".qzeros", ".scales")
+LAYERS = "talker.model.layers"
+"""Before the names of the talker's layers."""
+
+Place = Callable[[str], torch.device | None]
+"""Where a tensor goes, by its name; None: it is checked, and stays in its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +133,15 @@ class TTS:
         codec: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        room_bytes: int | None = None,
     ) -> TTS:
         """The model in a folder, of a hub id, of a name that ships with quaver, or of an opened checkpoint.
 
         ``dtype`` is what its floats become; by default as stored, but float32 on a CPU where that stays under 1 GB.
-        Weights stream: one tensor at a time, each read once. Raises CheckpointError for a missing, left-over,
+        Where the talker's layers take more than ``room_bytes``, they stay in their files and visit the device one after
+        the other at each step, and the text embedding and the codec's decoder stay on the host: for codes, not for
+        sound, in little memory. The values are the same.
+        Weights stream: one tensor at a time, each checked once. Raises CheckpointError for a missing, left-over,
         mis-shaped or non-finite tensor, by name.
         """
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, codec=codec)
@@ -140,9 +150,14 @@ class TTS:
         with torch.device("meta"):
             model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
         where = str(checkpoint.path)
-        _fill(model, checkpoint.tensors(), where, device, dtype)
+        visits = room_bytes is not None and _layers_bytes(checkpoint.specs, dtype) > room_bytes
+        place = _sparing(device) if visits else lambda _: device
+        _fill(model, checkpoint.tensors(), where, place, dtype)
         # Half-precision codecs overflow in places: sound is made in float32 until that is measured.
-        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), device, torch.float32)
+        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), place, torch.float32)
+        if visits:
+            decoder, type_ = model.talker.model, model.talker.codec_head.weight.dtype
+            decoder.layers = Visiting(checkpoint.config.talker_config, checkpoint.specs, LAYERS, device, type_)
         for module in model.modules():
             if isinstance(module, Int4Linear):
                 module.prepare(model.talker.codec_head.weight.dtype)
@@ -372,7 +387,25 @@ def _default_dtype(specs: Mapping[str, Spec], device: torch.device) -> torch.dty
     return torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
 
 
-def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dtype: torch.dtype | None) -> None:
+def _layers_bytes(specs: Mapping[str, Spec], dtype: torch.dtype | None) -> int:
+    """What the talker's layers take in memory as ``dtype``, or as stored."""
+    layers = (spec for name, spec in specs.items() if name.startswith(f"{LAYERS}."))
+    return sum(spec.n_elements * dtype.itemsize if dtype else spec.n_bytes for spec in layers)
+
+
+def _sparing(device: torch.device) -> Place:
+    """Where each tensor goes when memory is short: to ``device`` only what a step of the talker calls for whole."""
+    rare = ("talker.model.text_embedding.", "decoder.")
+
+    def place(name: str) -> torch.device | None:
+        if name.startswith(f"{LAYERS}."):
+            return None
+        return torch.device("cpu") if name.startswith(rare) else device
+
+    return place
+
+
+def _fill(module: nn.Module, tensors: Any, where: str, place: Place, dtype: torch.dtype | None) -> None:
     """Gives every parameter and buffer of the meta-device ``module`` its tensor. Raises CheckpointError."""
     wanted = module.state_dict()
     missing = dict.fromkeys(wanted)
@@ -388,10 +421,13 @@ def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dty
         owner = module.get_submodule(parent)
         if stored.is_floating_point() and stored.numel():
             _check_finite(stored, name, where)
+        del missing[name]
+        device = place(name)
+        if device is None:
+            continue
         plain = stored.is_floating_point() and not isinstance(owner, Int4Linear)
         tensor = stored.to(device, dtype if plain else None)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
-        del missing[name]
     if missing:
         name = next(iter(missing))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
