@@ -24,7 +24,7 @@ FLOORS = (
         "report",
         "plots",
     ),
-    ("sampling", "int4", "model"),
+    ("sampling", "int4", "recorded", "model"),
     ("kernels", "engine"),
     (
         "ledger",

@@ -370,6 +370,9 @@ def _quantize_layers(
             norm_dtype = checkpoint.specs[f"{LAYERS}.{index}.input_layernorm.weight"].dtype
             with meter.stage("search"):
                 found = search(layer, moments, norm_dtype)
+            for stage, seconds in found.seconds.items():
+                meter.add(stage, seconds)
+                meter.add("search", -seconds)
             with meter.stage("keeping"):
                 partial.keep(piece, *_finished(checkpoint, index, found, norm_dtype))
             del layer, moments, found

@@ -25,11 +25,15 @@ class Meter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Counts the time while open as that of ``name``; on a GPU until the work asked for is done."""
+        """Counts the time while open as that of ``name``; on a GPU until the work asked for is done.
+
+        What PyTorch holds there for reuse is given back: the next stage needs blocks of other sizes.
+        """
         start = time.perf_counter()
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
         self.add(name, time.perf_counter() - start)
 
     def add(self, name: str, seconds: float) -> None:
