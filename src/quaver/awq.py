@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from quaver import corpus
 from quaver.awq_search import GroupReport, LayerSearch, Moment, search_layer
 from quaver.checkpoint import Checkpoint, Edit
+from quaver.config import ModelConfig
 from quaver.corpus import Item, Progress
 from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_new
 from quaver.int4 import GROUP, Int4Weight, require_shape
-from quaver.meter import Meter, host_bytes
+from quaver.meter import Meter, host_bytes, limited
 from quaver.model.layers import GROUPS, Decoder, DecoderLayer
 from quaver.model.tts import LAYERS, TTS, require_device
 from quaver.partial import Partial
@@ -39,6 +40,9 @@ Search = Callable[[DecoderLayer, Mapping[str, Moment], torch.dtype], LayerSearch
 _BATCH_POSITIONS = 4096
 _ROOM_BYTES = 250_000_000
 """Larger talkers speak with their layers visiting the device."""
+_GPU_BYTES = 2_400_000_000
+_GPU_LAYERS = 12
+"""What may be held on a GPU: as many bytes, or as many layers in float32 where those are more."""
 _CALIBRATION = "calibration"
 _STREAMED = "float32."
 """Before the names of the norms of a finished layer as the stream runs them: what is stored of them is rounded."""
@@ -153,7 +157,7 @@ def quantize(
     meter = Meter(device)
     with meter.stage("summing"):
         key = _key(checkpoint, recipe, calibration, search, device, dtype)
-    with Partial.towards(out, key) as partial:
+    with limited(device, gpu_bytes(checkpoint.config)), Partial.towards(out, key) as partial:
         rows, digest = _calibrate(checkpoint, recipe, calibration, partial, meter, device, dtype, progress)
         n_resumed = _quantize_layers(checkpoint, rows, search, partial, meter, device, progress)
         found = [partial.note(_piece(index)) for index in range(_n_layers(checkpoint))]
@@ -205,6 +209,13 @@ def settings() -> dict[str, Any]:
         "zero_point": True,
         "modules_to_not_convert": list(KEPT),
     }
+
+
+def gpu_bytes(config: ModelConfig) -> int:
+    """The most that quantizing a model of ``config`` takes of a GPU's memory, the driver's own aside."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config.talker_config)
+    return max(_GPU_BYTES, _GPU_LAYERS * sum(4 * one.numel() for one in layer.parameters()))
 
 
 def _key(

@@ -142,6 +142,8 @@ def load(tts: TTS, path: str | Path, n: int | None = None, progress: Progress | 
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("audio"), str):
             raise RecipeError(f'{path}, line {number}: it needs an "audio": the recording that says the text')
+    # Where memory is short it is left on the host.
+    tts.codec.encoder.to(tts.device)
     items = []
     for number, row in enumerate(rows, 1):
         items.append(_recorded(tts, row, path.parent))

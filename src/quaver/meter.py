@@ -46,6 +46,29 @@ class Meter:
         return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
 
 
+@contextmanager
+def limited(device: torch.device, n_bytes: int) -> Iterator[None]:
+    """While open, PyTorch takes ``n_bytes`` more of a GPU's memory at most; it gives back what it has cached first.
+
+    Where more is needed at a time, torch.OutOfMemoryError is raised. On a CPU nothing changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    total, before = (
+        torch.cuda.get_device_properties(device).total_memory,
+        torch.cuda.get_per_process_memory_fraction(device),
+    )
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(
+        min(before, (torch.cuda.memory_reserved(device) + n_bytes) / total), device
+    )
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
 def host_bytes() -> int | None:
     """The most memory this process has had resident: mapped files and libraries included; None on Windows."""
     if _STATUS.exists():

@@ -139,8 +139,8 @@ class TTS:
 
         ``dtype`` is what its floats become; by default as stored, but float32 on a CPU where that stays under 1 GB.
         Where the talker's layers take more than ``room_bytes``, they stay in their files and visit the device one after
-        the other at each step, and the text embedding and the codec's decoder stay on the host: for codes, not for
-        sound, in little memory. The values are the same.
+        the other at each step, and the text embedding and the codec stay on the host: for codes, not for sound, in
+        little memory. The values are the same.
         Weights stream: one tensor at a time, each checked once. Raises CheckpointError for a missing, left-over,
         mis-shaped or non-finite tensor, by name.
         """
@@ -184,7 +184,7 @@ class TTS:
             return Voice(name=name, speaker=vector)
         check_text(text)
         sound = next(self.codec.encoder.parameters())
-        codes = self.codec.encoder.encode(samples.to(sound.dtype))[0].T.cpu()
+        codes = self.codec.encoder.encode(samples.to(sound.device, sound.dtype))[0].T.cpu()
         return Voice(name=name, speaker=vector, codes=codes, text=text)
 
     def voice(self, source: str | Path, *, text: str | None = None) -> Voice:
@@ -394,8 +394,8 @@ def _layers_bytes(specs: Mapping[str, Spec], dtype: torch.dtype | None) -> int:
 
 
 def _sparing(device: torch.device) -> Place:
-    """Where each tensor goes when memory is short: to ``device`` only what a step of the talker calls for whole."""
-    rare = ("talker.model.text_embedding.", "decoder.")
+    """Where each tensor goes when memory is short: to ``device`` what every step of the talker calls for."""
+    rare = ("talker.model.text_embedding.", "encoder.", "decoder.")
 
     def place(name: str) -> torch.device | None:
         if name.startswith(f"{LAYERS}."):
