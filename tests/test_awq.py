@@ -12,12 +12,14 @@ import random
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
 from quaver import awq, awq_search, corpus
@@ -37,11 +39,12 @@ from quaver.awq_search import (
     settled,
 )
 from quaver.checkpoint import Checkpoint
+from quaver.config import read_model_config
 from quaver.corpus import Item
 from quaver.errors import BudgetError, CheckpointError, RecipeError
 from quaver.int4 import GROUP, Int4Linear, Int4Weight
 from quaver.model.layers import GROUPS, DecoderLayer
-from quaver.model.tts import TTS, Utterance
+from quaver.model.tts import TTS, Utterance, _sparing, shapes
 from quaver.provenance import Step
 from quaver.verify import verify
 from quaver.voice import Voice
@@ -583,6 +586,73 @@ def test_the_report_tells_where_time_and_memory_went(quantized):
     assert f"host memory {report.host_bytes / 1e9:.2f} GB" in report.summary()
     # The bytes of the model do not depend on a clock.
     assert "seconds" not in (quantized[0] / "provenance.json").read_text()
+
+
+PUBLISHED = Path(__file__).parent / "oracle" / "published"
+
+
+@pytest.mark.parametrize("shape", ["1.7b-base", "0.6b-base"])
+def test_what_speaking_holds_on_a_gpu_fits(shape):
+    config = read_model_config(PUBLISHED / f"config-{shape}.json")
+    gpu = torch.device("cuda")
+    place, stays, layers = _sparing(gpu), 0, 0
+    for name, size in shapes(config).items():
+        n_bytes = 2 * torch.Size(size).numel()
+        stays += n_bytes if place(name) == gpu else 0
+        layers += n_bytes if place(name) is None else 0
+    n_layers = config.talker_config.num_hidden_layers
+    cache = 2 * corpus._CACHE_VALUES
+    # Where attention has no kernel of its own it repeats a layer's keys and values for all heads, thrice in float32.
+    repeats = config.talker_config.num_attention_heads // config.talker_config.num_key_value_heads
+    attention = 3 * 2 * repeats * cache / n_layers
+    assert layers > awq._ROOM_BYTES
+    assert stays + 2 * layers / n_layers + cache + attention < 0.95 * awq.gpu_bytes(config)
+    assert awq.gpu_bytes(config) <= 2.5e9
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self._live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        made = call(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return made
+
+    def _see(self, storage):
+        key = storage._cdata
+        if key not in self._live:
+            self._live[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key):
+        self.now -= self._live.pop(key)
+
+
+def test_the_search_holds_no_more_than_a_few_layers(monkeypatch):
+    # The true proportions at an eighth of the width, with as large a part at a time and fewer scales and clips.
+    monkeypatch.setattr(awq_search, "_PART", awq_search._PART // 64)
+    monkeypatch.setattr(awq_search, "_EXPONENTS", (0.0, 0.5))
+    monkeypatch.setattr(awq_search, "_CLIPS", (1.0, 0.9))
+    config = read_model_config(PUBLISHED / "config-1.7b-base.json").talker_config
+    narrow = dataclasses.replace(
+        config, hidden_size=256, intermediate_size=768, num_attention_heads=2, num_key_value_heads=1
+    )
+    torch.manual_seed(0)
+    layer = DecoderLayer(narrow).requires_grad_(requires_grad=False)
+    moments = moments_of(layer)
+    n_bytes = sum(one.nbytes for one in layer.parameters())
+    given = n_bytes + sum(one.second.nbytes for one in moments.values())
+    with Held() as held:
+        search_layer(layer, moments, torch.bfloat16)
+    assert given + held.peak < awq._GPU_LAYERS * n_bytes
 
 
 def test_quantizing_twice_is_refused(quantized, items, tmp_path):

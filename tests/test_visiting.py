@@ -29,11 +29,12 @@ def deep(tmp_path_factory):
     return toy.checkpoint(tmp_path_factory.mktemp("deep") / "deep", num_hidden_layers=5)
 
 
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, None])
-def test_visiting_layers_speak_the_same_codes(deep, dtype):
-    stays, visits = TTS.load(deep, dtype=dtype), TTS.load(deep, dtype=dtype, room_bytes=0)
+def test_visiting_layers_speak_the_same_codes(deep, dtype, device):
+    stays, visits, small = (TTS.load(deep, device=device, dtype=dtype, room_bytes=n) for n in (None, 0, 1 << 30))
     assert isinstance(visits.talker.model.layers, Visiting)
-    assert not isinstance(TTS.load(deep, dtype=dtype, room_bytes=1 << 30).talker.model.layers, Visiting)
+    assert not isinstance(small.talker.model.layers, Visiting)
     said, again = (corpus.speak(tts, ASKED) for tts in (stays, visits))
     for one, two in zip(said, again, strict=True):
         assert torch.equal(one.codes, two.codes)
