@@ -126,10 +126,10 @@ def _compensated_block(left: Tensor, scales: Tensor, zeros: Tensor, inverse: Ten
     """The levels of 128 inputs in their order, and the errors [O, 128] that the inputs after them make up for."""
     left, levels, errors = left.clone(), torch.empty_like(scales), torch.empty_like(scales)
     for i in range(GROUP):
-        level = ((left[:, i] / scales[:, i]).round() + zeros[:, i]).clamp(0, LEVELS - 1)
-        error = (left[:, i] - (level - zeros[:, i]) * scales[:, i]) / inverse[i, i]
+        level, error = levels[:, i], errors[:, i]
+        torch.clamp((left[:, i] / scales[:, i]).round() + zeros[:, i], 0, LEVELS - 1, out=level)
+        torch.div(left[:, i] - (level - zeros[:, i]) * scales[:, i], inverse[i, i], out=error)
         left[:, i:] -= torch.outer(error, inverse[i, i:])
-        levels[:, i], errors[:, i] = level, error
     return levels, errors
 
 
@@ -166,14 +166,14 @@ def _settled_block(
     values: Tensor, slope: Tensor, scales: Tensor, zeros: Tensor, moment: Tensor, power: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The levels of 128 inputs in their order after each has moved to its best, and by how much each did, [O, 128]."""
-    values, slope, steps = values.clone(), slope.clone(), torch.zeros_like(scales)
+    slope, levels, steps = slope.clone(), torch.empty_like(scales), torch.empty_like(scales)
     for i in range(GROUP):
+        level, step = levels[:, i], steps[:, i]
         aim = (values[:, i] - zeros[:, i]) * scales[:, i] - slope[:, i] / power[i]
-        level = ((aim / scales[:, i]).round() + zeros[:, i]).clamp(0, LEVELS - 1)
-        steps[:, i] = (level - values[:, i]) * scales[:, i]
-        values[:, i] = level
-        slope += torch.outer(steps[:, i], moment[i])
-    return values, steps
+        torch.clamp((aim / scales[:, i]).round() + zeros[:, i], 0, LEVELS - 1, out=level)
+        torch.mul(level - values[:, i], scales[:, i], out=step)
+        slope += torch.outer(step, moment[i])
+    return levels, steps
 
 
 def better_rows(weight: Tensor, second: Tensor, first: Int4Weight, *others: Int4Weight) -> Int4Weight:

@@ -90,8 +90,9 @@ def identity(calibration: str | Path | Sequence[Item] | None) -> str:
     path = Path(calibration)
     for row in _read_rows(path):
         total.update(json.dumps(row, sort_keys=True).encode())
-        near = (path.parent / name for name in (row.get("audio"), row.get("voice")) if isinstance(name, str))
-        total.update("".join(sha256(one) for one in near if one.is_file()).encode())
+        for name in (row.get("audio"), row.get("voice")):
+            places = (path.parent / name, Path(name)) if isinstance(name, str) else ()
+            total.update("".join(sha256(one) for one in places if one.is_file()).encode())
     return total.hexdigest()
 
 

@@ -11,24 +11,25 @@ from torch import Tensor
 class Recorded:
     """A function of tensors that is called again and again on others of the same shapes, types and device.
 
-    It gives what the function gives and changes nothing. On a GPU the first call records its steps as a CUDA graph and
-    every call replays them: what it returns then holds until the next call. The function must not look at values.
+    It gives what the function gives and changes nothing. On a GPU the second call records its steps as a CUDA graph,
+    which later ones replay: what they return holds until the next call. The function must not look at values.
     """
 
     def __init__(self, fn: Callable[..., tuple[Tensor, ...]]) -> None:
         self._fn = fn
+        self._called = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
         self._outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What the function makes of ``inputs``."""
-        if not inputs[0].is_cuda:
+        if not inputs[0].is_cuda or not self._called:
+            # Kernels are loaded when they are first run, which must not happen while recording.
+            self._called = True
             return self._fn(*inputs)
         if self._graph is None:
             self._inputs = tuple(one.clone() for one in inputs)
-            # Kernels are loaded when they are first run, which must not happen while recording.
-            self._fn(*self._inputs)
             self._graph = self._record()
         for held, given in zip(self._inputs, inputs, strict=True):
             held.copy_(given)

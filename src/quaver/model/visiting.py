@@ -24,6 +24,8 @@ from quaver.model.layers import DecoderLayer
 
 _N_SLOTS = 2
 _N_READERS = min(8, os.cpu_count() or 1)
+_READ_BYTES = 1 << 23
+"""What one reader reads at a time: a layer's tensors differ too much in size to share them out whole."""
 _ALIGNMENT = 64
 """Where a tensor may begin in a slot, in bytes."""
 
@@ -105,9 +107,11 @@ class _Slot:
             self._arrived.synchronize()
         views, reading, start = [], [], 0
         for place in places:
-            part = self._bytes[start : start + place.spec.n_bytes]
-            reading.append(readers.submit(_read, place, part.numpy().data))
-            views.append(part.view(place.spec.dtype).view(place.spec.shape))
+            room = self._bytes[start : start + place.spec.n_bytes]
+            views.append(room.view(place.spec.dtype).view(place.spec.shape))
+            for first in range(0, len(room), _READ_BYTES):
+                part = room[first : first + _READ_BYTES].numpy().data
+                reading.append(readers.submit(_read, place.spec.file, place.start + first, part))
             start += _aligned(place.spec.n_bytes)
         for one in reading:
             one.result()
@@ -148,11 +152,10 @@ def _starts(file: Path) -> dict[str, int]:
     return {name: 8 + n_bytes + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _read(place: _Place, into: memoryview) -> None:
-    file = place.spec.file
+def _read(file: Path, start: int, into: memoryview) -> None:
     try:
         with file.open("rb", buffering=0) as data:
-            data.seek(place.start)
+            data.seek(start)
             n_read = data.readinto(into)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
