@@ -33,7 +33,8 @@ class Recorded:
             self._graph = self._record()
         for held, given in zip(self._inputs, inputs, strict=True):
             held.copy_(given)
-        self._graph.replay()
+        with torch.cuda.device(self._inputs[0].device):
+            self._graph.replay()
         return self._outputs
 
     def _record(self) -> torch.cuda.CUDAGraph:

@@ -76,8 +76,10 @@ class Visiting(nn.ModuleList):
                 slot = slots[index % len(slots)]
                 coming.popleft().result()
                 slot.enter()
-                yield slot.layer
-                slot.leave()
+                try:
+                    yield slot.layer
+                finally:
+                    slot.leave()
                 if index + len(slots) < len(self):
                     coming.append(ahead.submit(slot.fill, self._layers[index + len(slots)], readers))
 
