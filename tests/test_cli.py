@@ -231,6 +231,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(toy_folder, re
     while not list(tmp_path.glob(".out.partial/calibration.*.safetensors")):
         assert running.poll() is None
         time.sleep(0.01)
+    time.sleep(0.2)
     running.send_signal(signal.SIGINT)
     _, told = running.communicate(timeout=60)
     assert running.returncode == 130, told

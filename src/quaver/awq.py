@@ -274,9 +274,11 @@ def _calibrate(
                 raise RecipeError(f"{calibration} holds no utterance: at least one is needed to calibrate")
             note = {"sha256": corpus.fingerprint(items)}
             inputs = talker_inputs(tts, items, recipe.n_positions)
-            partial.keep(_CALIBRATION, {f"{index:06}": row for index, row in enumerate(inputs)}, note)
-    kept = partial.tensors(_CALIBRATION)
-    return [kept[name] for name in sorted(kept)], note["sha256"]
+            note["lengths"] = list(map(len, inputs))
+            # One tensor: reading hundreds takes longer, and turns a Ctrl-C into an error of the library's.
+            partial.keep(_CALIBRATION, {"inputs": torch.cat(inputs)}, note)
+    rows = torch.split(partial.tensors(_CALIBRATION)["inputs"], note["lengths"])
+    return list(rows), note["sha256"]
 
 
 @torch.inference_mode()
