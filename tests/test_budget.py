@@ -63,6 +63,20 @@ def test_what_is_written_fits_and_is_what_was_chosen(toy_folder, items, sizes, t
         assert one.block in report.summary()
 
 
+def test_an_interrupted_run_chooses_again_and_goes_on(toy_folder, items, sizes, tmp_path):
+    def interrupt(what, done, total):
+        if what == "quantizing layers":
+            raise KeyboardInterrupt
+
+    def run(progress=None):
+        chosen, heard = budget.choose(Checkpoint.open(toy_folder), sizes[1] + 1, Recipe(), calibration=items)
+        return mixed.quantize(toy_folder, tmp_path / "out", chosen, calibration=heard, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt)
+    assert run().n_resumed == 1
+
+
 def test_the_smallest_budget_takes_everything_down(toy_folder, items, sizes):
     chosen, _ = budget.choose(Checkpoint.open(toy_folder), sizes[1], Recipe(), calibration=items)
     assert (chosen.talker, chosen.layers, chosen.predictor, chosen.text_embedding) == ("int4", {}, "int4", "int8")

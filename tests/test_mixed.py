@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from quaver.model.layers import GROUPS
 from quaver.model.tts import TEXT_EMBEDDING, TTS, Utterance
 from quaver.provenance import Step
 from quaver.recipe import COMPACT, Recipe
+from quaver.stream import Stream
 from quaver.verify import verify
 from quaver.voice import Voice
 
+observe = Stream.observe
 LINEARS = [linear for group in GROUPS for linear in group.linears]
 FULL = Recipe(
     layers={1: "int8"}, predictor="int4", text_embedding="int8", languages=("english",), codec_decoder="bfloat16"
@@ -270,14 +273,79 @@ def test_no_more_frames_than_needed_are_kept_in_memory(source, items, monkeypatc
     assert len(mixed.predictor_inputs(tts, items, 4)) == 4 * len(items)
 
 
-def test_an_interrupted_run_leaves_nothing(source, items, tmp_path):
+def interrupted(when, *work, **more):
+    """Carries out ``work`` until progress tells ``when``."""
+
     def interrupt(what, done, total):
-        if "code_predictor" in what:
+        if f"{what} {done}" == when:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mixed.quantize(source, tmp_path / "out", FULL, calibration=items, progress=interrupt)
-    assert not list(tmp_path.iterdir())
+        mixed.quantize(*work, **more, progress=interrupt)
+
+
+@pytest.mark.parametrize(
+    ("when", "kept"),
+    [
+        ("quantizing layers 1", {"layer-000"}),
+        ("quantizing predictor layers 1", {"layer-000", "predictor-layer-000"}),
+        ("quantizing predictor layers 2", {"layer-000", "predictor-layer-000", "predictor-layer-001"}),
+    ],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(source, items, made, tmp_path, when, kept):
+    interrupted(when, source, tmp_path / "out", FULL, calibration=items)
+    (partial,) = tmp_path.iterdir()
+    assert {path.name.partition(".")[0] for path in partial.iterdir()} == {"calibration", "key", "lock"} | kept
+    report = mixed.quantize(source, tmp_path / "out", FULL, calibration=items)
+    assert report.n_resumed == len(kept) and f"{len(kept)} of these layers finished earlier" in report.summary()
+    assert contents(tmp_path / "out") == contents(made[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_unfinished_work_of_another_recipe_is_refused(source, items, tmp_path):
+    interrupted("quantizing layers 1", source, tmp_path / "out", FULL, calibration=items)
+    for other in (
+        lambda out: mixed.quantize(source, out, replace(FULL, layers={1: "keep"}), calibration=items),
+        lambda out: awq.quantize(source, out, calibration=items),
+    ):
+        with pytest.raises(RecipeError, match="of another recipe: go on with that one"):
+            other(tmp_path / "out")
+    # What no layer depends on may differ.
+    mixed.quantize(source, tmp_path / "out", replace(FULL, codec_decoder="keep"), calibration=items)
+
+
+def test_int4_layers_are_searched_on_what_the_layers_before_give_as_stored(source, items, made, monkeypatch, tmp_path):
+    # The stream is fed the stored model's own hidden states: layer 1 in INT4 after layer 0 in INT8.
+    recipe, seen = Recipe(layers={0: "int8"}), []
+    monkeypatch.setattr(Stream, "observe", lambda self, layer: seen.append(self.batches[0]) or observe(self, layer))
+    mixed.quantize(source, tmp_path / "out", recipe, calibration=items)
+    (batch,) = seen
+    small = TTS.load(tmp_path / "out", dtype=torch.float32)
+    rows = awq.talker_inputs(small, items, 512)
+    decoder = small.talker.model
+    for row, x, mask in zip(sorted(rows, key=len), batch.x, batch.mask, strict=True):
+        positions = torch.arange(len(row))[None]
+        wanted = decoder.layers[0](row[None], decoder.rotary(positions, torch.float32))[0]
+        assert torch.allclose(x[mask], wanted, atol=1e-4)
+
+
+def test_a_large_models_layers_visit_and_it_comes_to_the_same_bytes(source, items, made, monkeypatch, tmp_path):
+    monkeypatch.setattr(awq, "_ROOM_BYTES", 0)
+    mixed.quantize(source, tmp_path / "out", FULL, calibration=items)
+    assert contents(tmp_path / "out") == contents(made[0])
+
+
+def test_nan_weights_are_named_where_nothing_is_calibrated(source, tmp_path):
+    bad = "talker.model.layers.1.mlp.up_proj.weight"
+    spoil = Checkpoint.open(source).edit(Step("spoil"), lambda n, t: {n: t * torch.nan if n == bad else t})
+    spoil.save(tmp_path / "bad")
+    with pytest.raises(CheckpointError, match=bad):
+        mixed.quantize(tmp_path / "bad", tmp_path / "out", Recipe(talker="int8"))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
 def spoiled(folder, out, change):

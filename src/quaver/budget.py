@@ -26,8 +26,9 @@ from quaver.errors import BudgetError, RecipeError
 from quaver.int4 import Int4Linear
 from quaver.int8 import Int8Embedding, Int8Linear, Int8Weight
 from quaver.mixed import halved_type, rows_kept, stored_as, with_speech
-from quaver.model.tts import TEXT_EMBEDDING, TTS, Model
-from quaver.recipe import PREDICTOR, Measured, Recipe, Store, settings
+from quaver.model.tts import LAYERS, TEXT_EMBEDDING, TTS, Model
+from quaver.recipe import PREDICTOR, Measured, Recipe, settings
+from quaver.stack import Store
 from quaver.validate import Opinion
 
 _N_ASKED = 16
@@ -57,7 +58,7 @@ def blocks(checkpoint: Checkpoint, recipe: Recipe) -> list[Block]:
     """The blocks of which a budget has the choice: the text embedding only where ``recipe`` does not say it."""
     both: tuple[Store, ...] = ("int8", "int4")
     found = [
-        Block(f"talker layer {index}", f"{awq.LAYERS}.{index}.", {s: replace(_KEEP, layers={index: s}) for s in both})
+        Block(f"talker layer {index}", f"{LAYERS}.{index}.", {s: replace(_KEEP, layers={index: s}) for s in both})
         for index in range(checkpoint.config.talker_config.num_hidden_layers)
     ]
     found.append(Block("code predictor", f"{PREDICTOR}.", {s: replace(_KEEP, predictor=s) for s in both}))
@@ -94,7 +95,7 @@ def choose(
     kl = _measure(tts, found, with_speech(items)[:_N_ASKED], progress)
     chosen = fit(n_bytes, kl, most_bytes - fixed)
     stores = {block.name: store for block, store in zip(found, chosen, strict=True)}
-    layers = {index: stores[block.name] for index, block in enumerate(found) if block.prefix.startswith(awq.LAYERS)}
+    layers = {index: stores[block.name] for index, block in enumerate(found) if block.prefix.startswith(LAYERS)}
     text = stores.get("text embedding", recipe.text_embedding)
     made = replace(
         recipe,
@@ -182,7 +183,7 @@ def _check(
 def _least_by_module(found: Sequence[Block], n_bytes: Sequence[Mapping[Store, int]]) -> list[int]:
     """The fewest bytes of all talker layers, then of each other block."""
     least = [min(one.values()) for one in n_bytes]
-    n_layers = sum(block.prefix.startswith(awq.LAYERS) for block in found)
+    n_layers = sum(block.prefix.startswith(LAYERS) for block in found)
     return [sum(least[:n_layers]), *least[n_layers:]]
 
 

@@ -38,6 +38,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _N_AHEAD = min(4, os.cpu_count() or 1)
+_RUN_BYTES = 1 << 27
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -314,14 +315,25 @@ def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
     """The tensors in the order of the files; while one is at work, the next are held against their sums."""
     with ThreadPoolExecutor(_N_AHEAD) as pool:
         for file in _files(specs):
-            with _open(file) as weights:
-                names = [name for name in weights.offset_keys() if name in specs]
-                coming = (pool.submit(_checked, specs[name], name, weights.get_tensor(name)) for name in names)
-                ahead = deque(islice(coming, _N_AHEAD))
-                for name in names:
-                    tensor = ahead.popleft().result()
-                    ahead.extend(islice(coming, 1))
-                    yield name, tensor
+            coming = ((name, pool.submit(_checked, specs[name], name, tensor)) for name, tensor in _mapped(file, specs))
+            ahead = deque(islice(coming, _N_AHEAD))
+            while ahead:
+                name, tensor = ahead.popleft()
+                ahead.extend(islice(coming, 1))
+                yield name, tensor.result()
+
+
+def _mapped(file: Path, specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors of those in ``specs``, mapped anew after each run: what nobody keeps does not stay in memory."""
+    with _open(file) as weights:
+        names = deque(name for name in weights.offset_keys() if name in specs)
+    while names:
+        with _open(file) as weights:
+            n_bytes = 0
+            while names and n_bytes < _RUN_BYTES:
+                name = names.popleft()
+                n_bytes += specs[name].n_bytes
+                yield name, weights.get_tensor(name)
 
 
 def _edited(tensors: Iterator[tuple[str, Tensor]], edits: Sequence[Edit]) -> Iterator[tuple[str, Tensor]]:

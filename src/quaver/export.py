@@ -24,7 +24,7 @@ from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_new, new_folder
 from quaver.int4 import GROUP, IN_TURN, pack, unpack
 from quaver.model.talker import TextProjection
-from quaver.model.tts import shapes
+from quaver.model.tts import LAYERS, shapes
 from quaver.provenance import PROVENANCE, Provenance, Step
 from quaver.recipe import readers
 
@@ -216,7 +216,7 @@ def _qwen3_edit(checkpoint: Checkpoint, progress: Progress | None) -> Edit:
     projection.load_state_dict({name: checkpoint.read(f"{_PROJECTION}.{name}") for name in projection.state_dict()})
 
     def edit(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        if name.startswith(f"{awq.LAYERS}.") or name == "talker.model.norm.weight":
+        if name.startswith(f"{LAYERS}.") or name == "talker.model.norm.weight":
             return {name.removeprefix("talker."): tensor}
         if name == _TEXT:
             return {"model.embed_tokens.weight": _projected(tensor, projection, progress)}

@@ -102,7 +102,10 @@ class Int8Embedding(nn.Module):
 
     def pruned(self, ids: Tensor) -> Tensor:
         """Those of ``ids`` [...] that have no row, [N]."""
-        return ids[:0] if self.kept_ids is None else ids[self._rows(ids) == len(self.kept_ids)]
+        if self.kept_ids is None:
+            return ids[:0]
+        ids = ids.to(self.kept_ids.device)
+        return ids[self._rows(ids) == len(self.kept_ids)]
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Where the ``ids`` are; one more than the last row for those that are nowhere."""

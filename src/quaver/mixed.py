@@ -6,8 +6,6 @@ with the hidden states of the original talker. INT8 rounds to the nearest level 
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quaver import awq, corpus, ledger
-from quaver.awq import LayerReport, Stream
-from quaver.awq_search import search_layer
+from quaver import ledger
+from quaver.awq import LayerReport, Report, Work, int4_layers, talker_stack
 from quaver.checkpoint import Checkpoint, Edit, Spec
 from quaver.config import ModelConfig
 from quaver.corpus import Item, Progress
@@ -26,15 +23,18 @@ from quaver.errors import RecipeError
 from quaver.files import check_new
 from quaver.int8 import Int8Embedding, Int8Linear, Int8Weight
 from quaver.ledger import megabytes
-from quaver.model.layers import GROUPS, Decoder, DecoderLayer
-from quaver.model.tts import PACKED_SUFFIXES, TEXT_EMBEDDING, TTS, Model
+from quaver.meter import host_bytes
+from quaver.model.filling import PACKED_SUFFIXES
+from quaver.model.tts import TEXT_EMBEDDING, TTS, Model
 from quaver.provenance import Step
-from quaver.recipe import PREDICTOR_LAYERS, RECIPE, STORES, Recipe, Store, readers, settings
+from quaver.recipe import PREDICTOR_LAYERS, RECIPE, STORES, Recipe, readers, settings
 from quaver.scripts import kept_ids
+from quaver.stack import Stack
 from quaver.text import Tokenizer
 
 DECODER = "decoder."
 """How the names of the codec decoder's tensors begin."""
+_STACKS = ("talker", "predictor")
 _FRAMES = 4096
 """The most frames on which the code predictor is calibrated, spread over all there are."""
 
@@ -49,21 +49,17 @@ class Part:
     stored: str
 
 
-@dataclass(frozen=True, slots=True)
-class MixedReport:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedReport(Report):
     """What storing by ``recipe`` did: the parts that changed, the INT4 layers of talker and predictor, the rows of text
-    that are left where some were pruned, the calibration set, the time, and what to know beside that."""
+    that are left where some were pruned, and what to know beside that."""
 
     recipe: Recipe
     parts: tuple[Part, ...]
     talker: tuple[LayerReport, ...]
     predictor: tuple[LayerReport, ...]
     text_rows: int | None
-    n_utterances: int
-    calibration_sha256: str | None
-    seconds: float
     notes: tuple[str, ...]
-    tensor_bytes: tuple[int, int]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -76,16 +72,13 @@ class MixedReport:
     def _lines(self) -> Iterator[str]:
         row = "{:<28} {:>12} {:>12}  {}"
         old, new = map(megabytes, self.tensor_bytes)
-        yield f"stored by a recipe, {old} MB to {new} MB in {self.seconds:.0f} s"
+        yield "; ".join([f"stored by a recipe, {old} MB to {new} MB", *self.took()])
         yield row.format("changed, MB", "before", "after", "stored as")
         for part in self.parts:
             yield row.format(part.name, megabytes(part.bytes_before), megabytes(part.bytes_after), part.stored)
         for name, layers in (("talker", self.talker), ("code predictor", self.predictor)):
             if layers:
-                after, nearest = sum(one.loss for one in layers), sum(one.loss_nearest for one in layers)
-                share = after / nearest if nearest else 1.0
-                error = f"output error {100 * share:.0f} % of that of rounding to nearest"
-                yield f"{name}: {len(layers)} layers in INT4, {error}"
+                yield f"{name}: {int4_layers(layers)}"
         if self.text_rows is not None:
             yield f"text embedding: {self.text_rows:,} rows are left; a text that needs another is refused"
         if self.recipe.measured:
@@ -103,18 +96,6 @@ class MixedReport:
         yield "KL: nats a frame over all codebooks, the block alone rounded to nearest; the search then does better"
 
 
-@dataclass(frozen=True, slots=True)
-class _Int4:
-    """What became of a decoder's layers: see awq.QuantizedLayer, of all of them together."""
-
-    layers: tuple[LayerReport, ...]
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    absorbed: Mapping[str, tuple[float, float]]
-
-
-_NOTHING = _Int4((), {}, {})
-
-
 def quantize(
     source: str | Path | Checkpoint,
     out: str | Path,
@@ -127,53 +108,64 @@ def quantize(
 ) -> MixedReport:
     """Writes ``source`` with each part stored as ``recipe`` says to the new folder ``out``, and reports.
 
-    ``calibration`` is as for awq.quantize; nothing is spoken where no part becomes INT4. Raises CheckpointError or
-    RecipeError, before any work, for what cannot be done; whatever is interrupted leaves nothing behind.
+    ``calibration`` is as for awq.quantize, and so is going on after an interruption; nothing is spoken where no part
+    becomes INT4. Raises CheckpointError or RecipeError, before any work, for what cannot be done, and what
+    Partial.towards raises.
     """
-    start, out = time.perf_counter(), check_new(out)
+    out = check_new(out)
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
     recipe.check(checkpoint)
-    tts = TTS.load(checkpoint, device=device, dtype=dtype)
-    stores = [recipe.layer(index) for index in range(checkpoint.config.talker_config.num_hidden_layers)]
-    items: Sequence[Item] = ()
-    talker = predictor = _NOTHING
-    if "int4" in (*stores, recipe.predictor):
-        items = awq.calibration_items(tts, recipe.calibration, calibration, progress)
-        rows = awq.talker_inputs(tts, items, recipe.calibration.n_positions)
-        talker = _walk(tts.talker.model, awq.LAYERS, stores, Stream(tts.talker.model, rows), checkpoint.specs, progress)
-    if recipe.predictor == "int4":
-        model = tts.talker.code_predictor.model
-        stream = Stream(model, predictor_inputs(tts, items, recipe.calibration.n_positions))
-        predictor = _walk(model, PREDICTOR_LAYERS, ["int4"] * len(model.layers), stream, checkpoint.specs, progress)
+    config = checkpoint.config
     kept = rows_kept(checkpoint, recipe.languages) if recipe.languages else None
-    changed = settings(recipe, checkpoint.config, None if kept is None else len(kept))
-    tensors = {**talker.tensors, **predictor.tensors}
-    result: dict[str, Any] = {
-        "calibration_sha256": corpus.fingerprint(items) if items else None,
-        "absorbed": {name: list(ends) for name, ends in {**talker.absorbed, **predictor.absorbed}.items()},
-        "text_rows": None if kept is None else len(kept),
-    }
-    for name, walked in (("talker", talker), ("predictor", predictor)):
-        result |= {f"{name}_loss_nearest": sum(one.loss_nearest for one in walked.layers)}
-        result |= {f"{name}_loss": sum(one.loss for one in walked.layers)}
-    saved = checkpoint.edit(
-        Step("quantize", {"method": RECIPE, **recipe.to_json()}, result=result),
-        _edit(tensors, int8_modules(checkpoint.config, changed), kept),
-        changed,
-        codec=halved if recipe.codec_decoder == "bfloat16" and _is_halved(checkpoint) else None,
-    ).save(out)
+    n_rows = None if kept is None else len(kept)
+    changed = settings(recipe, config, n_rows)
+    stacks = _stacks(recipe, config)
+    with Work.towards(
+        out, checkpoint, recipe.calibration, calibration, stacks, device=device, dtype=dtype, progress=progress
+    ) as work:
+        heard = work.calibrate()
+        found = {name: work.quantize(stack, heard) for name, stack in zip(_STACKS, stacks, strict=True)}
+        absorbed = {name: list(ends) for one in found.values() for name, ends in one.absorbed.items()}
+        result: dict[str, Any] = {"calibration_sha256": heard.sha256, "absorbed": absorbed, "text_rows": n_rows}
+        for name, one in found.items():
+            result[f"{name}_loss_nearest"] = sum(layer.loss_nearest for layer in one.layers)
+            result[f"{name}_loss"] = sum(layer.loss for layer in one.layers)
+        saved = work.write(
+            Step("quantize", {"method": RECIPE, **recipe.to_json()}, result=result),
+            _edit(work.replacing(found.values()), int8_modules(config, changed), kept),
+            changed,
+            codec=halved if recipe.codec_decoder == "bfloat16" and _is_halved(checkpoint) else None,
+        )
     parts, tensor_bytes = _parts(checkpoint, saved)
     return MixedReport(
         recipe=recipe,
         parts=parts,
-        talker=talker.layers,
-        predictor=predictor.layers,
-        text_rows=None if kept is None else len(kept),
-        n_utterances=len(items),
-        calibration_sha256=result["calibration_sha256"],
-        seconds=time.perf_counter() - start,
+        talker=found["talker"].layers,
+        predictor=found["predictor"].layers,
+        text_rows=n_rows,
         notes=tuple(_notes(recipe, saved)),
+        n_utterances=heard.n_utterances,
+        calibration_sha256=heard.sha256,
         tensor_bytes=tensor_bytes,
+        n_resumed=sum(one.n_resumed for one in found.values()),
+        seconds=work.meter.seconds,
+        device_bytes=work.meter.device_bytes,
+        host_bytes=host_bytes(),
+    )
+
+
+def _stacks(recipe: Recipe, config: ModelConfig) -> tuple[Stack, Stack]:
+    """The layers of talker and code predictor as ``recipe`` stores them."""
+    talker, predictor = config.talker_config, config.talker_config.code_predictor_config
+    return (
+        talker_stack(config, [recipe.layer(index) for index in range(talker.num_hidden_layers)]),
+        Stack(
+            "predictor layer",
+            PREDICTOR_LAYERS,
+            predictor,
+            [recipe.predictor] * predictor.num_hidden_layers,
+            predictor_inputs,
+        ),
     )
 
 
@@ -238,13 +230,13 @@ def _notes(recipe: Recipe, saved: Checkpoint) -> Iterator[str]:
         yield f"the codec's decoder has no float32 to store in bfloat16 ({', '.join(decoder)}): it stays as it is"
 
 
-def _edit(tensors: Mapping[str, Mapping[str, Tensor]], int8: frozenset[str], kept: Tensor | None) -> Edit:
-    """INT4 layers as found in ``tensors``; the modules ``int8`` rounded, of the text embedding the rows ``kept``."""
+def _edit(int4: Edit, int8: frozenset[str], kept: Tensor | None) -> Edit:
+    """The edit ``int4``, but the modules ``int8`` rounded, of the text embedding the rows ``kept`` alone."""
 
     def edit(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or module not in int8:
-            return tensors.get(name, {name: tensor})
+            return int4(name, tensor)
         if kept is not None and module == TEXT_EMBEDDING:
             stored = {**Int8Weight.nearest(tensor[kept.long()]).tensors(), "kept_ids": kept}
         else:
@@ -252,40 +244,6 @@ def _edit(tensors: Mapping[str, Mapping[str, Tensor]], int8: frozenset[str], kep
         return {f"{module}.{key}": value for key, value in stored.items()}
 
     return edit
-
-
-@torch.no_grad()
-def _walk(
-    decoder: Decoder, prefix: str, stores: Sequence[Store], stream: Stream, specs: Mapping[str, Spec],
-    progress: Progress | None,
-) -> _Int4:  # fmt: skip
-    """The layers of ``decoder`` that ``stores`` has in INT4, each for what the layers before it give as stored."""
-    reports: list[LayerReport] = []
-    tensors: dict[str, Mapping[str, Tensor]] = {}
-    absorbed: dict[str, tuple[float, float]] = {}
-    for index, (original, store) in enumerate(zip(decoder.layers, stores, strict=True)):
-        assert isinstance(original, DecoderLayer)
-        if store == "int4":
-            done = awq.quantize_layer(original, f"{prefix}.{index}", stream, specs, search_layer)
-            tensors |= done.tensors
-            absorbed |= done.absorbed
-            reports.append(LayerReport(index, done.reports))
-            stream.advance(done.layer)
-        else:
-            stream.advance(rounded(original, store))
-        if progress:
-            progress(f"quantizing {prefix}", index + 1, len(stores))
-    return _Int4(tuple(reports), tensors, absorbed)
-
-
-def rounded(original: DecoderLayer, store: Store) -> DecoderLayer:
-    """A float32 copy of a layer that computes with what ``store`` keeps of its matrices: 'keep' or 'int8'."""
-    layer = copy.deepcopy(original).float()
-    if store == "int8":
-        for linear in (linear for group in GROUPS for linear in group.linears):
-            weight = layer.get_parameter(f"{linear}.weight").data
-            weight.copy_(Int8Weight.nearest(weight).dequantize())
-    return layer
 
 
 def with_speech(items: Sequence[Item]) -> list[Item]:
@@ -298,17 +256,22 @@ def with_speech(items: Sequence[Item]) -> list[Item]:
 
 @torch.inference_mode()
 def predictor_inputs(tts: TTS, items: Sequence[Item], n_positions: int) -> list[Tensor]:
-    """What the code predictor's first layer reads, [Q, D] float32 a frame, of the first frames of each item.
+    """What the code predictor's first layer reads, [Q, D] a frame, of the first ``n_positions`` frames of each item.
 
     No more than _FRAMES frames of all, evenly spread. Raises RecipeError where there is no frame.
     """
+    spoken = [(item.utterance, item.codes[:n_positions]) for item in with_speech(items)]
+    step = -(-sum(len(codes) for _, codes in spoken) // _FRAMES)
     frames: list[Tensor] = []
-    for item in with_speech(items):
-        codes = item.codes[:n_positions].to(tts.device, torch.long)
-        (logits,) = tts.force([tts.prompt(item.utterance)], [codes])
-        first = tts.talker.embed_codec(codes[:, 0])
-        frames += tts.talker.code_predictor.inputs(logits.hidden[: len(codes)], first, codes[:, 1:]).float().unbind(0)
-    return frames[:: max(1, -(-len(frames) // _FRAMES))]
+    first = 0
+    for utterance, codes in spoken:
+        known = codes.to(tts.device, torch.long)
+        (logits,) = tts.force([tts.prompt(utterance)], [known])
+        start = tts.talker.embed_codec(known[:, 0])
+        read = tts.talker.code_predictor.inputs(logits.hidden[: len(known)], start, known[:, 1:])
+        frames += read[first::step].cpu().unbind(0)
+        first = (first - len(known)) % step
+    return frames
 
 
 def _parts(before: Checkpoint, after: Checkpoint) -> tuple[tuple[Part, ...], tuple[int, int]]:

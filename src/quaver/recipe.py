@@ -18,11 +18,9 @@ from quaver.checkpoint import Checkpoint
 from quaver.config import ModelConfig
 from quaver.errors import RecipeError
 from quaver.model.layers import GROUPS
-from quaver.model.tts import TEXT_EMBEDDING
+from quaver.model.tts import LAYERS, TEXT_EMBEDDING
 from quaver.scripts import SCRIPTS
-
-Store = Literal["keep", "int8", "int4"]
-"""How a block's matrices are stored: as they are, in 8 bits with a scale a row, or in AWQ INT4."""
+from quaver.stack import Store
 
 RECIPE = "recipe"
 """The ``method`` that provenance.json has for what was stored by one."""
@@ -100,7 +98,7 @@ class Recipe:
         stores = {self.layer(index) for index in indices} | {self.predictor, self.text_embedding, self.codec_decoder}
         if stores == {"keep"}:
             raise RecipeError("this recipe keeps everything as it is: there is nothing to quantize")
-        awq.require_stack(checkpoint, awq.LAYERS, (index for index in indices if self.layer(index) == "int4"))
+        awq.require_stack(checkpoint, LAYERS, (index for index in indices if self.layer(index) == "int4"))
         if self.predictor == "int4":
             awq.require_stack(checkpoint, PREDICTOR_LAYERS, range(talker.code_predictor_config.num_hidden_layers))
 
@@ -118,14 +116,14 @@ def settings(recipe: Recipe, config: ModelConfig, text_rows: int | None = None) 
     stores = [recipe.layer(index) for index in range(config.talker_config.num_hidden_layers)]
     # Linears by their whole names: readers match the start of a name, and layer 1 is the start of layer 10.
     plain = [
-        f"{awq.LAYERS}.{index}.{linear}"
+        f"{LAYERS}.{index}.{linear}"
         for index, store in enumerate(stores)
         for group in GROUPS
         for linear in group.linears
         if store != "int4"
     ]
     predictor = [PREDICTOR]
-    int8 = [f"{awq.LAYERS}.{index}" for index, store in enumerate(stores) if store == "int8"]
+    int8 = [f"{LAYERS}.{index}" for index, store in enumerate(stores) if store == "int8"]
     if recipe.predictor == "int4":
         widths = config.talker_config.hidden_size, config.talker_config.code_predictor_config.hidden_size
         rest = [*_PREDICTOR_REST, *([_PROJECTION] if widths[0] != widths[1] else [])]

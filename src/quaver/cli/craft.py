@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,10 @@ from quaver import awq, blend, export, mixed, recipe, sweep, validate
 from quaver import budget as budgets
 from quaver.checkpoint import Checkpoint
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, judge_options, judging, model_options
+from quaver.corpus import Item
 from quaver.errors import RecipeError
 from quaver.files import check_new
+from quaver.partial import partial_folder
 
 
 @cli.command()
@@ -45,6 +48,8 @@ def quantize(
     """Quantize the talker of SOURCE to AWQ INT4 (group 128, zero points, GEMM layout).
 
     A profile, recipe or budget stores more parts smaller; what it writes may load in quaver alone, and says so.
+    Killed or interrupted, the same command goes on from the layers that were finished, to the same bytes; a budget
+    first speaks and measures anew.
     """
     check_new(out)
     stored = _recipe(profile, recipe_file, budgeted=budget is not None)
@@ -56,23 +61,43 @@ def quantize(
     checkpoint = Checkpoint.open(source, codec=codec)
     kind, progress = DTYPES[dtype], Progress()
     report: awq.AwqReport | mixed.MixedReport
-    if stored is None:
-        report = awq.quantize(
-            checkpoint, out, calibrating, device=device, dtype=kind, calibration=calibration, progress=progress
-        )
-    else:
-        stored, items = replace(stored, calibration=calibrating), None
-        if most_bytes is not None:
-            stored, items = budgets.choose(
-                checkpoint, most_bytes, stored, device=device, dtype=kind, calibration=calibration, progress=progress
+    heard: Path | Sequence[Item] | None
+    with _resumable(out):
+        if stored is None:
+            report = awq.quantize(
+                checkpoint, out, calibrating, device=device, dtype=kind, calibration=calibration, progress=progress
             )
-        report = mixed.quantize(
-            checkpoint, out, stored, device=device, dtype=kind, calibration=items or calibration, progress=progress
-        )
+        else:
+            stored, heard = replace(stored, calibration=calibrating), calibration
+            if most_bytes is not None:
+                stored, heard = budgets.choose(
+                    checkpoint,
+                    most_bytes,
+                    stored,
+                    device=device,
+                    dtype=kind,
+                    calibration=calibration,
+                    progress=progress,
+                )
+            report = mixed.quantize(
+                checkpoint, out, stored, device=device, dtype=kind, calibration=heard, progress=progress
+            )
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
         click.echo(f"{out}: {report.summary()}", err=True)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """While open, an interruption says what is kept of the work towards ``out``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = partial_folder(out)
+        if kept.exists():
+            click.echo(f"quaver: what is finished is kept in {kept}: the same command goes on from there", err=True)
+        raise
 
 
 def _recipe(profile: str | None, file: Path | None, *, budgeted: bool) -> recipe.Recipe | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from quaver.checkpoint import Checkpoint, Spec
 from quaver.config import SUPPRESSED_IDS, ModelConfig, read_json
 from quaver.errors import CheckpointError, RecipeError, VoiceError
 from quaver.int4 import Int4Linear
-from quaver.int8 import SUFFIXES as INT8_SUFFIXES
 from quaver.int8 import Int8Embedding, Int8Linear
 from quaver.model import speaker as speaker_encoder
 from quaver.model.codec_encoder import Codec
+from quaver.model.filling import PACKED_SUFFIXES, Place, fill
 from quaver.model.speaker import SpeakerEncoder
 from quaver.model.talker import Talker
+from quaver.model.visiting import Visiting
 from quaver.sampling import Sampling
 from quaver.text import Tokenizer, check_text
 from quaver.voice import Voice
@@ -35,10 +36,9 @@ Layout = Literal["stream", "whole"]
 
 _SPEAKER = "speaker_encoder."
 _FLOAT32_ON_CPU_BYTES = 1_000_000_000
-INT4_SUFFIXES = (".qweight", ".qzeros", ".scales")
-PACKED_SUFFIXES = (*INT4_SUFFIXES, *INT8_SUFFIXES)
-"""How the names of tensors end that keep their type whatever the model is computed in."""
 TEXT_EMBEDDING = "talker.model.text_embedding"
+LAYERS = "talker.model.layers"
+"""Before the names of the talker's layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,24 +159,31 @@ class TTS:
         codec: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        room_bytes: int | None = None,
     ) -> TTS:
         """The model in a folder, of a hub id, of a name that ships with quaver, or of an opened checkpoint.
 
         ``dtype`` is what its floats become; by default as stored, but float32 on a CPU where that stays under 1 GB.
-        Weights stream: one tensor at a time, each read once. Raises CheckpointError for a missing, left-over,
+        Where the talker's layers take more than ``room_bytes``, they stay in their files and visit the device one after
+        the other at each step, and the text embedding and the codec stay on the host: for codes, not for sound, in
+        little memory. The values are the same.
+        Weights stream: one tensor at a time, each checked once. Raises CheckpointError for a missing, left-over,
         mis-shaped or non-finite tensor, by name.
         """
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, codec=codec)
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RecipeError("no CUDA device is available here: use --device cpu")
+        device = require_device(device)
         dtype = dtype or _default_dtype(checkpoint.specs, device)
         with torch.device("meta"):
             model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
         where = str(checkpoint.path)
-        _fill(model, checkpoint.tensors(), where, device, dtype)
+        visits = room_bytes is not None and _layers_bytes(checkpoint.specs, dtype) > room_bytes
+        place = _sparing(device) if visits else lambda _: device
+        fill(model, checkpoint.tensors(), where, place, dtype)
         # Half-precision codecs overflow in places: sound is made in float32 until that is measured.
-        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), device, torch.float32)
+        fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), place, torch.float32)
+        if visits:
+            decoder, type_ = model.talker.model, model.talker.codec_head.weight.dtype
+            decoder.layers = Visiting(checkpoint.config.talker_config, checkpoint.specs, LAYERS, device, type_)
         for module in model.modules():
             if isinstance(module, Int4Linear):
                 module.prepare(model.talker.codec_head.weight.dtype)
@@ -379,8 +386,16 @@ def load_speaker_encoder(checkpoint: Checkpoint) -> SpeakerEncoder | None:
         encoder = SpeakerEncoder(config)
     stored = checkpoint.tensors(_SPEAKER)
     tensors = ((name.removeprefix(_SPEAKER), tensor) for name, tensor in stored)
-    _fill(encoder, tensors, str(checkpoint.path), torch.device("cpu"), torch.float32)
+    fill(encoder, tensors, str(checkpoint.path), lambda _: torch.device("cpu"), torch.float32)
     return encoder.eval()
+
+
+def require_device(device: str | torch.device) -> torch.device:
+    """``device`` as PyTorch's. Raises RecipeError for one that is not here."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("no CUDA device is available here: use --device cpu")
+    return device
 
 
 def references() -> dict[str, Path]:
@@ -421,32 +436,22 @@ def _default_dtype(specs: Mapping[str, Spec], device: torch.device) -> torch.dty
     return torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
 
 
-def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Gives every parameter and buffer of the meta-device ``module`` its tensor. Raises CheckpointError."""
-    wanted = module.state_dict()
-    missing = dict.fromkeys(wanted)
-    for name, stored in tensors:
-        if name not in wanted:
-            raise CheckpointError(f"{where}: tensor {name} is left over: this architecture has none of that name")
-        if stored.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{where}: tensor {name} has shape {tuple(stored.shape)}, "
-                f"the configuration says {tuple(wanted[name].shape)}"
-            )
-        if name.endswith(INT8_SUFFIXES) and stored.dtype != wanted[name].dtype:
-            raise CheckpointError(f"{where}: tensor {name} has type {stored.dtype}, it must have {wanted[name].dtype}")
-        parent, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(parent)
-        if stored.is_floating_point() and stored.numel():
-            _check_finite(stored, name, where)
-        plain = stored.is_floating_point() and not name.endswith(PACKED_SUFFIXES)
-        tensor = stored.to(device, dtype if plain else None)
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
-        del missing[name]
-    if missing:
-        name = next(iter(missing))
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where}: tensor {name} is missing{more}")
+def _layers_bytes(specs: Mapping[str, Spec], dtype: torch.dtype | None) -> int:
+    """What the talker's layers take in memory as ``dtype``, or as stored."""
+    layers = (spec for name, spec in specs.items() if name.startswith(f"{LAYERS}."))
+    return sum(spec.n_elements * dtype.itemsize if dtype else spec.n_bytes for spec in layers)
+
+
+def _sparing(device: torch.device) -> Place:
+    """Where each tensor goes when memory is short: to ``device`` what every step of the talker calls for."""
+    rare = ("talker.model.text_embedding.", "encoder.", "decoder.")
+
+    def place(name: str) -> torch.device | None:
+        if name.startswith(f"{LAYERS}."):
+            return None
+        return torch.device("cpu") if name.startswith(rare) else device
+
+    return place
 
 
 def _check_kept(table: nn.Module, checkpoint: Checkpoint) -> None:
@@ -459,15 +464,6 @@ def _check_kept(table: nn.Module, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {TEXT_EMBEDDING}.kept_ids must hold ids below {n_ids} in order, each once"
         )
-
-
-def _check_finite(tensor: Tensor, name: str, where: str) -> None:
-    # Both extremes carry NaN and infinity along, and finding them takes no memory beside the tensor.
-    low, high = tensor.aminmax()
-    if low.isfinite() and high.isfinite():
-        return
-    n_bad = int((~tensor.isfinite()).sum())
-    raise CheckpointError(f"{where}: tensor {name} has {n_bad} values that are NaN or infinite")
 
 
 def _defaults(path: Path) -> Defaults:
