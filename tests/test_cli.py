@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -245,7 +246,7 @@ def test_an_existing_output_is_never_overwritten_by_quantize(capsys, toy_folder,
     assert "exists already" in told
 
 
-def test_ctrl_c_leaves_nothing_half_written(toy_folder, recording, tmp_path):
+def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(toy_folder, recording, tmp_path):
     folder = shutil.copytree(toy_folder, tmp_path / "model")
     rows = [{"text": f"Sentence number {n}.", "audio": str(recording)} for n in range(400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -259,10 +260,15 @@ def test_ctrl_c_leaves_nothing_half_written(toy_folder, recording, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert running.stderr is not None
-    # The first line comes when the recordings are encoded: the search over the layers is next.
     assert b"encoding recordings: 400/400" in running.stderr.readline()
+    # Once they are kept, the search over the layers is next.
+    while not list(tmp_path.glob(".out.partial/calibration.*.safetensors")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
     running.send_signal(signal.SIGINT)
     _, told = running.communicate(timeout=60)
     assert running.returncode == 130, told
     assert b"nothing half-written" in told
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert b".out.partial: the same command goes on from there" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, ".out.partial"])
