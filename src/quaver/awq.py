@@ -137,7 +137,7 @@ class AwqReport(Report):
         """One line for a person."""
         before, after = (n_bytes / 1e6 for n_bytes in self.tensor_bytes)
         told = [
-            f"{int4_layers(self.layers)}",
+            int4_layers(self.layers),
             f"{before:.1f} MB to {after:.1f} MB",
             f"{self.n_utterances} utterances, {self.n_positions} positions",
         ]
