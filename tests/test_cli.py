@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -255,7 +254,6 @@ def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(toy_folder, re
     running = subprocess.Popen(
         [sys.executable, "-m", "quaver", *asked],
         stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         # A test run in a shell's background inherits that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
