@@ -66,7 +66,7 @@ def test_rows_stop_by_themselves(toy_tts):
     engine = Engine(toy_tts)
     prompts = [toy_tts.prompt(replace(HELLO, text=text)) for text in ("One.", "Two, three.", "Four.")]
     knobs = Knobs(Sampling(temperature=2.0, top_k=0), Sampling(), 40)
-    steps = torch.stack(list(engine.frames(prompts, [1, 2, 3], knobs)))
+    steps = torch.stack([frame.codes for frame in engine.frames(prompts, [1, 2, 3], knobs)])
     lengths = (steps[:, :, 0] != ENDED).sum(0)
     assert len(set(lengths.tolist())) > 1
     for row, length in enumerate(lengths):

@@ -12,7 +12,7 @@ ROOT = Path(quaver.__file__).parent
 FLOORS = (
     ("errors", "config", "provenance", "checkpoint", "files", "audio", "text", "voice", "report", "plots"),
     ("sampling", "int4", "model"),
-    ("kernels", "engine"),
+    ("kernels", "guard", "engine"),
     (
         "ledger",
         "plan",
