@@ -6,7 +6,7 @@ Shapes: B batch, Q codebooks, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -32,10 +32,8 @@ FinishReason = Literal["stop", "length", "runaway-trimmed", "runaway-retried"]
 ENDED = -1
 """The code of a row that has stopped."""
 
-TRIM = Guard()
-"""Speech that never ends is cut, with what was already sent left as it is: for streams."""
-RETRY = Guard(retries=1)
-"""It is tried once more with the next seed, and cut if that does not end either: for whole speech."""
+GUARD = Guard()
+"""What is done by default about speech that never ends: it is cut."""
 
 _GAP_S = 0.12
 _FADE_S = 0.005
@@ -172,17 +170,26 @@ class Engine:
         return frozenset(codes[len(codes) // 2 :].tolist())
 
     def speak(
-        self, utterance: Utterance, knobs: Knobs | None = None, *, chunk_frames: int = 4, guard: Guard | None = TRIM
+        self,
+        utterance: Utterance,
+        knobs: Knobs | None = None,
+        *,
+        chunk_frames: int = 4,
+        guard: Guard | None = GUARD,
+        settled: bool = False,
     ) -> Iterator[Chunk]:
         """Speech as it is made, in chunks of ``chunk_frames`` frames (the last of a sentence may be shorter).
 
         Long text is spoken sentence by sentence, each with the next seed, joined by a short silence; the edges of a
         sentence are faded over 5 ms, so that no join clicks. ``guard`` says what is done about a sentence that never
-        ends; with retries a sentence is heard when it is whole; None leaves the model alone.
-        Raises what TTS.prompt raises, before the first chunk.
+        ends; None leaves the model alone. What was sent cannot be taken back: only with ``settled``, where a sentence
+        is not heard before it has ended, is it cut exactly, or tried again.
+        Raises what TTS.prompt raises, before the first chunk, and RecipeError for retries of what is sent at once.
         """
         if chunk_frames < 1:
             raise RecipeError(f"chunk_frames is {chunk_frames}: it must be 1 or more")
+        if guard is not None and guard.retries and not settled:
+            raise RecipeError(f"retries is {guard.retries}: sound that was sent cannot be tried again (streaming: 0)")
         sentences = split_sentences(utterance.text)
         # All prompts are built first: whatever is wrong with the request shows before any sound.
         parts = [
@@ -193,17 +200,17 @@ class Engine:
         takes = [
             _Take(self, part, prompt, knobs or self.knobs, guard) for part, prompt in zip(parts, prompts, strict=True)
         ]
-        return self._speak(takes, chunk_frames)
+        return self._speak(takes, chunk_frames, settled=settled)
 
-    def _speak(self, takes: Sequence[_Take], chunk_frames: int) -> Iterator[Chunk]:
+    def _speak(self, takes: Sequence[_Take], chunk_frames: int, *, settled: bool) -> Iterator[Chunk]:
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         gap = np.zeros(round(_GAP_S * rate_hz), np.float32)
         for index, take in enumerate(takes):
-            yield from self._sentence(take, chunk_frames)
+            yield from self._sentence(take, take.settled() if settled else take.streamed(), chunk_frames)
             if index + 1 < len(takes):
                 yield Chunk(Audio(gap, rate_hz), 0)
 
-    def _sentence(self, take: _Take, chunk_frames: int) -> Iterator[Chunk]:
+    def _sentence(self, take: _Take, frames: Iterable[Tensor], chunk_frames: int) -> Iterator[Chunk]:
         """One sentence's chunks. Its last 5 ms are held back until it is known whether they end it."""
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         n_fade = round(_FADE_S * rate_hz)
@@ -215,7 +222,7 @@ class Engine:
         waiting: list[Tensor] = []
         held = np.zeros(0, np.float32)
         n_sent = 0
-        for codes in take.frames():
+        for codes in frames:
             waiting.append(codes)
             if len(waiting) == chunk_frames:
                 samples = stream.push(torch.stack(waiting)).float().cpu().numpy()
@@ -235,12 +242,12 @@ class Engine:
         held[-n_fade:] *= ramp[::-1]
         yield Chunk(Audio(held, rate_hz), len(waiting), take.reason)
 
-    def say(self, utterance: Utterance, knobs: Knobs | None = None, *, guard: Guard | None = RETRY) -> Speech:
-        """The whole speech of ``utterance``: the chunks of ``speak``, joined."""
+    def say(self, utterance: Utterance, knobs: Knobs | None = None, *, guard: Guard | None = GUARD) -> Speech:
+        """The whole speech of ``utterance``: the settled chunks of ``speak``, joined."""
         start = time.perf_counter()
         first_audio_s = 0.0
         chunks: list[Chunk] = []
-        for chunk in self.speak(utterance, knobs, chunk_frames=12, guard=guard):
+        for chunk in self.speak(utterance, knobs, chunk_frames=12, guard=guard, settled=True):
             if not chunks:
                 first_audio_s = time.perf_counter() - start
             chunks.append(chunk)
@@ -255,7 +262,7 @@ class Engine:
 
 
 class _Take:
-    """A sentence as it is spoken: its ``frames``, and afterwards the ``reason`` it ended and how many are kept."""
+    """A sentence to be spoken; once its frames are there, the ``reason`` it ended and how many are worth keeping."""
 
     def __init__(self, engine: Engine, part: Utterance, prompt: Prompt, knobs: Knobs, guard: Guard | None) -> None:
         self._engine, self.part, self._prompt, self._knobs, self._guard = engine, part, prompt, knobs, guard
@@ -266,38 +273,32 @@ class _Take:
     def _ran_away(self) -> bool:
         return self.reason == "runaway-trimmed"
 
-    def frames(self) -> Iterator[Tensor]:
-        """The frames [Q] of the sentence: as they are made, or once they are settled where it may be tried again."""
-        if self._guard is None or self._guard.retries == 0:
-            yield from self._try(self.part.seed)
-        else:
-            yield from self._settle(self._guard.retries)
-
-    def _settle(self, retries: int) -> list[Tensor]:
-        """The first try that does not run away; the first of all, to be cut, where each does."""
-        first = list(self._try(self.part.seed))
-        if not self._ran_away:
+    def settled(self) -> list[Tensor]:
+        """The frames [Q] of the first try that does not run away; those of the first of all, cut, where each does."""
+        first = list(self.streamed())
+        if not self._ran_away or self._guard is None:
             return first
         n_kept = self.n_kept
-        for seed in range(self.part.seed + 1, self.part.seed + 1 + retries):
-            again = list(self._try(seed))
+        for retry in range(1, self._guard.retries + 1):
+            again = list(self.streamed(retry))
             if not self._ran_away:
                 self.reason = "runaway-retried"
                 return again
-        self.reason, self.n_kept = "runaway-trimmed", n_kept
+        self.n_kept = n_kept
         return first[:n_kept]
 
-    def _try(self, seed: int) -> Iterator[Tensor]:
-        """The frames with ``seed``, no further than where a watch sees that they ran away."""
+    def streamed(self, retry: int = 0) -> Iterator[Tensor]:
+        """The frames [Q] as they are made, no further than where a watch sees that they ran away."""
         engine, knobs = self._engine, self._knobs
         watch = None if self._guard is None else Watch(length(self.part), engine.silence)
         n_frames = 0
-        for codes, stop in engine.frames([self._prompt], [seed], knobs):
+        for codes, stop in engine.frames([self._prompt], [self.part.seed + retry], knobs):
             n_frames += 1
             runaway: Runaway | None = None if watch is None else watch.push(int(codes[0, 0]), float(stop[0]))
+            if runaway is not None:
+                self.reason, self.n_kept = "runaway-trimmed", runaway.keep
             if runaway is None or runaway.keep == n_frames:
                 yield codes[0]
             if runaway is not None:
-                self.reason, self.n_kept = "runaway-trimmed", runaway.keep
                 return
         self.reason, self.n_kept = "length" if n_frames == knobs.max_frames else "stop", n_frames

@@ -64,10 +64,14 @@ def say(
     tts = TTS.load(source, codec=codec, device=device, dtype=DTYPES[dtype])
     engine = Engine(tts)
     knobs = _knobs(engine, temperature, top_k, top_p, penalty, max_seconds)
-    guarded = _guard(retries, guard=guard, stream=stream or out == "-")
+    if retries and not guard:
+        raise RecipeError("--retries needs the guard, which sees that a sentence never ends: leave --no-guard out")
+    stream = stream or out == "-"
     spoken_by = tts.voice(voice, text=voice_text) if voice is not None else None
     utterance = Utterance(text, language, spoken_by, instruct, seed, "whole" if layout == "whole" else "stream")
-    chunks = engine.speak(utterance, knobs, chunk_frames=4 if stream or out == "-" else 12, guard=guarded)
+    chunks = engine.speak(
+        utterance, knobs, chunk_frames=4 if stream else 12, guard=Guard(retries) if guard else None, settled=not stream
+    )
     result = _write_to(out, chunks)
     if as_json:
         click.echo(json.dumps(result), err=out == "-")
@@ -104,15 +108,6 @@ def _knobs(
         if max_frames < 1:
             raise RecipeError(f"--max-seconds is {max_seconds}: it must be 0.08 (one frame) or more")
     return Knobs(talker, changed(own.residual), max_frames)
-
-
-def _guard(retries: int, *, guard: bool, stream: bool) -> Guard | None:
-    """The guard that was asked for. Raises RecipeError for retries that cannot be."""
-    if retries and not guard:
-        raise RecipeError("--retries needs the guard, which sees that a sentence never ends: leave --no-guard out")
-    if retries and stream:
-        raise RecipeError("--retries cannot take back sound that was sent: leave it out, or write to a file at once")
-    return Guard(retries) if guard else None
 
 
 def _write_to(out: str, spoken: Iterator[Chunk]) -> dict[str, Any]:
