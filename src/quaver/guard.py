@@ -57,6 +57,7 @@ _PASSED = round(1.0 * FRAME_RATE_HZ)
 _SPREAD = 0.35
 
 _PAUSE = re.compile(r"[,;:.!?…—–。！？、，；：]+")
+_WIDE = ("chinese", "japanese", "korean")
 _DIGIT, _SYMBOL, _SPELT = 6, 8, 4
 
 
@@ -105,21 +106,15 @@ def length(utterance: Utterance) -> Length:
 
 
 def _reading_s(text: str, language: str) -> float:
-    """Seconds that reading ``text`` aloud takes."""
+    """Seconds that reading ``text`` aloud takes; at the slowest pace of its script where the language is "auto"."""
     words = unicodedata.normalize("NFKC", text).split()
-    n_wide = sum(_is_wide(c) for word in words for c in word)
-    rate = CHARACTERS_A_MINUTE.get(language.lower())
-    if rate is None:
-        rate = min(rate for name, rate in CHARACTERS_A_MINUTE.items() if (name in _WIDE) == (n_wide > 0))
-    spaced = language.lower() not in ("chinese", "japanese") and not (n_wide and language.lower() == "auto")
-    return 60 / rate * (sum(_weight(word) for word in words) + (len(words) - 1 if spaced else 0))
-
-
-_WIDE = ("chinese", "japanese", "korean")
-
-
-def _is_wide(character: str) -> bool:
-    return unicodedata.east_asian_width(character) in "WF"
+    language = language.lower()
+    if language not in CHARACTERS_A_MINUTE:
+        wide = any(unicodedata.east_asian_width(c) in "WF" for word in words for c in word)
+        same_script = [name for name in CHARACTERS_A_MINUTE if (name in _WIDE) == wide]
+        language = min(same_script, key=lambda name: CHARACTERS_A_MINUTE[name])
+    n_spaces = 0 if language in ("chinese", "japanese") else len(words) - 1
+    return 60 / CHARACTERS_A_MINUTE[language] * (sum(_weight(word) for word in words) + n_spaces)
 
 
 def _weight(word: str) -> int:
