@@ -270,3 +270,35 @@ def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(toy_folder, re
     assert b"nothing half-written" in told
     assert b".out.partial: the same command goes on from there" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, ".out.partial"])
+
+
+def test_say_tells_of_speech_that_never_ends(capsys, toy_folder, recording, tmp_path):
+    out = tmp_path / "out.wav"
+    spoken = (
+        "say",
+        toy_folder,
+        "Hello there, you.",
+        "--voice",
+        recording,
+        "-o",
+        out,
+        "--language",
+        "english",
+        "--json",
+    )
+    reasons = {}
+    for seed in range(6):
+        for name, more in (("raw", ("--no-guard", "--max-seconds", "8")), ("cut", ()), ("again", ("--retries", "1"))):
+            code, text, _ = run(capsys, *spoken, "--seed", str(seed), *more)
+            assert code == 0
+            reasons.setdefault(seed, {})[name] = json.loads(text)["finish_reasons"][0]
+    assert {told["cut"] for told in reasons.values()} == {"stop", "runaway-trimmed"}
+    for told in reasons.values():
+        assert told["raw"] in ("stop", "length")
+        assert told["again"] == "stop" if told["cut"] == "stop" else told["again"].startswith("runaway-")
+    code, _, told = run(capsys, *spoken, "--retries", "1", "--no-guard")
+    assert code == 2 and "--retries needs the guard" in told
+    code, _, told = run(capsys, *spoken, "--retries", "1", "--stream")
+    assert code == 2 and "cannot be tried again" in told
+    code, _, told = run(capsys, *spoken, "--retries", "-1")
+    assert code == 2 and "retries is -1" in told
