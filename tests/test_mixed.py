@@ -171,7 +171,7 @@ def test_a_text_that_needs_a_pruned_row_is_refused_with_its_spelling(made, items
 def test_it_speaks(made, items):
     tts = TTS.load(made[0])
     frames = Engine(tts).frames([tts.prompt(items[0].utterance)], [0])
-    assert next(frames).shape == (1, 16)
+    assert next(frames).codes.shape == (1, 16)
 
 
 def test_the_files_are_intact_and_the_report_is_true(made):
