@@ -32,7 +32,8 @@ CHARACTERS_A_MINUTE = {
 
 Trauzettel-Klosinski and Dietz 2012 (IReST), table of 17 languages, the spread between readers 9 to 18 %. The shipped
 English voice is 5 to 7 % faster (docs/LOG.md); the others are not calibrated on a model. Korean is not in that table:
-300 of its characters, which are syllables, is as slow as the slowest European language there.
+300 of its characters, which are syllables, is as slow as the slowest European language there. Portuguese, Russian and
+Spanish were not held against the printed table.
 """
 
 # Measured: docs/LOG.md, "The end of never-ending speech".
