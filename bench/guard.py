@@ -298,7 +298,7 @@ def watch(said: Sequence[Said], silence: Set[int]) -> list[Seen]:
                 one.reference, torch.ones(1), torch.zeros(one.voice_frames, 16, dtype=torch.long), one.voice_text
             )
         expected = length(Utterance(one.text, "english", voice))
-        guard, runaway = Watch(expected, silence), None
+        guard, runaway = Watch(expected, lambda: silence), None
         for code, stop in zip(one.codes[:, 0].tolist(), one.stop.tolist(), strict=True):
             runaway = guard.push(code, stop)
             if runaway is not None:

@@ -21,7 +21,7 @@ SILENT = 7
 
 def watched(codes, stops=None, times=TIMES, silence=frozenset({SILENT})):
     """The verdict on a whole utterance."""
-    watch = Watch(times, silence)
+    watch = Watch(times, lambda: silence)
     for code, stop in zip(codes, stops or [0.0] * len(codes), strict=True):
         if (found := watch.push(code, stop)) is not None:
             return found
@@ -113,7 +113,7 @@ def test_one_watch_knows_nothing_of_another():
     dice = random.Random(1)
     rows = [[dice.randrange(9) for _ in range(130)] for _ in range(4)]
     alone = [watched(row) for row in rows]
-    watches = [Watch(TIMES, frozenset({SILENT})) for _ in rows]
+    watches = [Watch(TIMES, lambda: frozenset({SILENT})) for _ in rows]
     together = [None] * 4
     for codes in zip(*rows, strict=True):
         for index, code in enumerate(codes):

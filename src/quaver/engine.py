@@ -290,7 +290,7 @@ class _Take:
     def streamed(self, retry: int = 0) -> Iterator[Tensor]:
         """The frames [Q] as they are made, no further than where a watch sees that they ran away."""
         engine, knobs = self._engine, self._knobs
-        watch = None if self._guard is None else Watch(length(self.part), engine.silence)
+        watch = None if self._guard is None else Watch(length(self.part), lambda: engine.silence)
         n_frames = 0
         for codes, stop in engine.frames([self._prompt], [self.part.seed + retry], knobs):
             n_frames += 1

@@ -13,7 +13,7 @@ import math
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -142,19 +142,18 @@ class Runaway:
 
 
 class Watch:
-    """Watches one utterance of ``length``; ``silence`` are the codes of codebook 0 that say nothing.
+    """Watches one utterance of ``length``; ``silence`` gives the codes of codebook 0 that say nothing.
 
     Nothing is judged before the expected length. From there on speech has run away when for 2 s its first codes go
     round (three times or more, a round of a second at most) or nearly all are silence; from the late length on when 1 s
     ago or more the model was near stopping and did not; and at the most that the text can take.
     """
 
-    def __init__(self, length: Length, silence: Set[int] = frozenset()) -> None:
+    def __init__(self, length: Length, silence: Callable[[], Set[int]] = frozenset) -> None:
         self._length, self._silence = length, silence
         self._n = 0
         self._recent: deque[int] = deque(maxlen=_STUCK)
         self._repeats = [0] * (_LONGEST_ROUND + 1)
-        self._silent: deque[bool] = deque(maxlen=_STUCK)
         self._best, self._best_score = 0, -math.inf
         self._pause = 0
 
@@ -164,7 +163,7 @@ class Watch:
         for period in range(1, min(len(self._repeats), len(self._recent) + 1)):
             self._repeats[period] = self._repeats[period] + 1 if self._recent[-period] == code else 0
         self._recent.append(code)
-        self._note_pause(code in self._silence)
+        self._note_pause(code)
         self._n += 1
         sign = self._sign()
         return None if sign is None else Runaway(sign, self._n, self._keep())
@@ -176,10 +175,9 @@ class Watch:
             if score > self._best_score:
                 self._best, self._best_score = self._n, score
 
-    def _note_pause(self, silent: bool) -> None:
+    def _note_pause(self, code: int) -> None:
         """Keeps the first pause after the expected length, for speech that has no clean stop."""
-        self._silent.append(silent)
-        if silent and not self._pause and self._n >= self._length.expected:
+        if not self._pause and self._n >= self._length.expected and code in self._silence():
             self._pause = self._n
 
     def _sign(self) -> Sign | None:
@@ -188,7 +186,8 @@ class Watch:
             return None
         if any(run + period >= max(_STUCK, _N_ROUNDS * period) for period, run in enumerate(self._repeats) if run):
             return "loop"
-        if sum(self._silent) >= _SILENT * _STUCK:
+        silence = self._silence()
+        if sum(one in silence for one in self._recent) >= _SILENT * _STUCK:
             return "silence"
         if n >= length.late and self._best and n - self._best >= _PASSED:
             return "passed its stop"
