@@ -55,18 +55,18 @@ def limited(device: torch.device, n_bytes: int) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    total, before = (
-        torch.cuda.get_device_properties(device).total_memory,
-        torch.cuda.get_per_process_memory_fraction(device),
-    )
+    # Not the device itself: these functions take none without a number, which means the current one.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
+    before = torch.cuda.get_per_process_memory_fraction(index)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(
-        min(before, (torch.cuda.memory_reserved(device) + n_bytes) / total), device
+        min(before, (torch.cuda.memory_reserved(index) + n_bytes) / total), index
     )
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 def host_bytes() -> int | None:
