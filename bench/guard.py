@@ -34,12 +34,13 @@ from quaver.cli import Progress
 from quaver.config import FRAME_RATE_HZ
 from quaver.corpus import Split, split_of
 from quaver.corpus import sentences as shipped
-from quaver.engine import ENDED, Engine, Knobs
+from quaver.engine import Engine, Knobs
 from quaver.files import write_file
 from quaver.guard import Runaway, Watch, length
 from quaver.model.speaker import SAMPLE_RATE_HZ
 from quaver.model.tts import TTS, Utterance
 from quaver.provenance import Step
+from quaver.sampling import ENDED
 from quaver.voice import Voice
 from voice import decode
 

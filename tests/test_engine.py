@@ -10,12 +10,12 @@ import torch
 
 import toy
 from quaver.checkpoint import Checkpoint
-from quaver.engine import ENDED, Engine, Knobs
+from quaver.engine import Engine, Knobs
 from quaver.errors import RecipeError, VoiceError
 from quaver.guard import Guard, length
 from quaver.model.tts import TTS, Utterance
 from quaver.provenance import Step
-from quaver.sampling import Sampling, distribution
+from quaver.sampling import ENDED, Sampling, distribution
 from quaver.voice import Voice
 
 SPEAKER = torch.randn(128, generator=torch.Generator().manual_seed(5))

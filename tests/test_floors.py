@@ -26,7 +26,7 @@ FLOORS = (
         "plots",
     ),
     ("sampling", "int4", "int8", "recorded", "model"),
-    ("kernels", "guard", "engine"),
+    ("kernels", "frame", "guard", "engine"),
     (
         "ledger",
         "plan",

@@ -38,12 +38,12 @@ from torch.nn import functional as F
 
 from quaver.checkpoint import Checkpoint
 from quaver.config import ModelConfig, parse
-from quaver.engine import ENDED, Engine, Knobs
+from quaver.engine import Engine, Knobs
 from quaver.files import write_file
 from quaver.model import speaker as speaker_encoder
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import TTS, Layout, Model, Utterance
-from quaver.sampling import Sampling
+from quaver.sampling import ENDED, Sampling
 from quaver.text import Tokenizer
 from quaver.voice import Voice
 from training import parts, recipe, shards, stack, voices

@@ -16,11 +16,11 @@ from quaver import corpus, judge, panel
 from quaver.audio import Audio
 from quaver.config import FRAME_RATE_HZ
 from quaver.corpus import Item
-from quaver.engine import MIN_FRAMES
 from quaver.limits import JudgedLimits, Limits
 from quaver.panel import Heard, Pairs
 from quaver.plots import Plot, Series
 from quaver.report import Clip, Gate, Metric, Section, Table, Take, gate
+from quaver.sampling import MIN_FRAMES
 
 _N_BOOTSTRAP = 1000
 _N_LAST = 12

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,17 +21,14 @@ from quaver.errors import RecipeError
 from quaver.guard import Guard, Runaway, Watch, length
 from quaver.model.speaker import SAMPLE_RATE_HZ
 from quaver.model.tts import TTS, Prompt, Utterance
-from quaver.sampling import Sampling, distribution, draw, uniforms
+from quaver.sampling import ENDED, MIN_FRAMES, Sampling, distribution, draw, uniforms
 from quaver.text import split_sentences
 
-MIN_FRAMES = 2
-"""No utterance stops before this many frames (official generation code)."""
+if TYPE_CHECKING:
+    from quaver.frame import FrameGraph, Weights
 
 FinishReason = Literal["stop", "length", "runaway-trimmed", "runaway-retried"]
 """How a sentence ended: by itself; at ``max_frames``; cut where it should have ended; by itself with a later seed."""
-
-ENDED = -1
-"""The code of a row that has stopped."""
 
 GUARD = Guard()
 """What is done by default about speech that never ends: it is cut."""
@@ -52,7 +50,7 @@ class Frame(NamedTuple):
     """One step of a batch: ``codes`` [B, Q], and ``stop`` [B], how likely each row was to end before this frame.
 
     ``stop`` is the model's own probability, 0..1, before any knob: so it is also there where sampling is greedy or
-    leaves the stop id out.
+    leaves the stop id out. Both are on the host where a graph makes them, else on the model's device.
     """
 
     codes: Tensor
@@ -87,11 +85,122 @@ class Speech:
         return self.audio.seconds / self.wall_s
 
 
-class Engine:
-    """Speaks with one model."""
+class Batch(Protocol):
+    """Utterances that decode side by side, one row each."""
 
-    def __init__(self, tts: TTS) -> None:
+    def step(self) -> Frame | None:
+        """The next frame, its codes ENDED in stopped rows; None once every row has stopped."""
+
+
+class Rows:
+    """A Batch in plain PyTorch, on any device: the reference for every other."""
+
+    def __init__(self, tts: TTS, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs) -> None:
+        self._tts, self._prompts, self._knobs = tts, prompts, knobs
+        n_rows = len(prompts)
+        self._seed = torch.tensor(seeds, dtype=torch.long, device=tts.device)
+        self._seen = torch.zeros(n_rows, tts.config.talker_config.vocab_size, dtype=torch.bool, device=tts.device)
+        self._alive = torch.ones(n_rows, dtype=torch.bool, device=tts.device)
+        self._banned, self._banned_early = tts.suppressed(stop_too=False), tts.suppressed(stop_too=True)
+        lengths = torch.tensor([len(p.embeds) for p in prompts], device=tts.device)
+        embeds = torch.nn.utils.rnn.pad_sequence([p.embeds for p in prompts], batch_first=True)
+        self._cache = tts.talker.cache(n_rows, embeds.shape[1] + knobs.max_frames, embeds)
+        hidden = tts.talker.hidden(embeds, self._cache, lengths)
+        self._hidden = hidden[torch.arange(n_rows, device=tts.device), lengths - 1]
+        self._small_cache = tts.talker.code_predictor.cache(n_rows, embeds)
+        self._frame = 0
+        self._codes: Tensor | None = None
+
+    def step(self) -> Frame | None:
+        """See Batch."""
+        tts, knobs = self._tts, self._knobs
+        talker, predictor = tts.talker, tts.talker.code_predictor
+        n_codebooks = tts.config.talker_config.num_code_groups
+        # The talker hears a frame only when the next one is asked for: the last frame of all is never heard.
+        if self._codes is not None:
+            text = torch.stack([prompt.text_at(self._frame - 1) for prompt in self._prompts])
+            x = talker.embed_frames(self._codes) + text
+            self._hidden = talker.hidden(x[:, None], self._cache)[:, 0]
+        uniform = uniforms(self._seed, self._frame, n_codebooks)
+        logits = talker.codec_head(self._hidden)
+        stop_id = tts.config.talker_config.codec_eos_token_id
+        stop = logits.float().softmax(-1)[:, stop_id]
+        probs, ids = distribution(
+            logits,
+            knobs.sampling,
+            banned=self._banned_early if self._frame < MIN_FRAMES else self._banned,
+            seen=self._seen,
+        )
+        first = draw(probs, ids, uniform[:, 0])
+        self._alive = self._alive & (first != stop_id)
+        if not bool(self._alive.any()):
+            return None
+        self._seen.scatter_(1, first[:, None], True)
+        # A stopped row goes on in the batch with any code: nobody reads it.
+        codes = [torch.where(self._alive, first, 0)]
+        logits = predictor.start(self._hidden, talker.embed_codec(codes[0]), self._small_cache)
+        for codebook in range(1, n_codebooks):
+            codes.append(draw(*distribution(logits, knobs.residual), uniform[:, codebook]))
+            if codebook < n_codebooks - 1:
+                logits = predictor.step(codebook, codes[-1], self._small_cache)
+        self._codes = torch.stack(codes, dim=1)
+        self._frame += 1
+        return Frame(torch.where(self._alive[:, None], self._codes, ENDED), stop)
+
+
+class Graphed:
+    """A Batch of which each step is one graph on the GPU; the host looks on one frame late, at a copy of its own."""
+
+    def __init__(self, graph: FrameGraph, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs) -> None:
+        self._graph, self._n_rows = graph, len(prompts)
+        for slot, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            graph.join(slot, prompt, seed, knobs.sampling, knobs.residual)
+        self._n_read, self._n_frames = 0, knobs.max_frames
+        slots, n_frames = graph.slots, knobs.max_frames
+        on_gpu = slots.alive.is_cuda
+        self._codes = torch.zeros(n_frames, *slots.codes.shape[1:], dtype=torch.int32, pin_memory=on_gpu)
+        self._stops = torch.zeros(n_frames, graph.n_slots, pin_memory=on_gpu)
+        self._alive = torch.zeros(n_frames, graph.n_slots, dtype=torch.int32, pin_memory=on_gpu)
+        self._asked: list[torch.cuda.Event | None] = []
+
+    def step(self) -> Frame | None:
+        """See Batch."""
+        index = self._n_read
+        self._n_read += 1
+        # The GPU works on the frame after the one that is waited for.
+        while len(self._asked) < min(index + 2, self._n_frames):
+            self._ask()
+        event = self._asked[index]
+        if event is not None:
+            event.synchronize()
+        rows = slice(self._n_rows)
+        if not bool(self._alive[index, rows].any()):
+            return None
+        return Frame(self._codes[index, rows].long(), self._stops[index, rows])
+
+    def _ask(self) -> None:
+        index, slots = len(self._asked), self._graph.slots
+        self._graph.step()
+        self._codes[index].copy_(slots.codes[index], non_blocking=True)
+        self._stops[index].copy_(slots.stops[index], non_blocking=True)
+        self._alive[index].copy_(slots.alive, non_blocking=True)
+        event = torch.cuda.Event() if self._alive.is_pinned() else None  # type: ignore[no-untyped-call]
+        if event is not None:
+            event.record()
+        self._asked.append(event)
+
+
+class Engine:
+    """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
+
+    ``graphs`` False keeps to plain PyTorch there too.
+    """
+
+    def __init__(self, tts: TTS, *, graphs: bool = True) -> None:
         self.tts = tts
+        self._graphs = graphs and tts.device.type == "cuda" and find_spec("triton") is not None
+        self._weights: Weights | None = None
+        self._idle: list[FrameGraph] = []
 
     @property
     def knobs(self) -> Knobs:
@@ -106,50 +215,38 @@ class Engine:
         A row's codes depend on its own prompt and seed alone, whoever shares the batch (but for float rounding).
         A row that never has ENDED when the iterator is done was cut at ``max_frames``.
         """
-        tts, knobs = self.tts, knobs or self.knobs
-        talker, predictor = tts.talker, tts.talker.code_predictor
-        n_rows, n_codebooks = len(prompts), tts.config.talker_config.num_code_groups
-        stop_id = tts.config.talker_config.codec_eos_token_id
-        banned, banned_early = tts.suppressed(stop_too=False), tts.suppressed(stop_too=True)
-        seed = torch.tensor(seeds, dtype=torch.long, device=tts.device)
-        seen = torch.zeros(n_rows, tts.config.talker_config.vocab_size, dtype=torch.bool, device=tts.device)
-        alive = torch.ones(n_rows, dtype=torch.bool, device=tts.device)
-
-        lengths = torch.tensor([len(p.embeds) for p in prompts], device=tts.device)
-        embeds = torch.nn.utils.rnn.pad_sequence([p.embeds for p in prompts], batch_first=True)
-        cache = talker.cache(n_rows, embeds.shape[1] + knobs.max_frames, embeds)
-        hidden = talker.hidden(embeds, cache, lengths)
-        hidden = hidden[torch.arange(n_rows, device=tts.device), lengths - 1]
-        small_cache = predictor.cache(n_rows, embeds)
-
-        for frame in range(knobs.max_frames):
-            uniform = uniforms(seed, frame, n_codebooks)
-            logits = talker.codec_head(hidden)
-            stop = logits.float().softmax(-1)[:, stop_id]
-            probs, ids = distribution(
-                logits,
-                knobs.sampling,
-                banned=banned_early if frame < MIN_FRAMES else banned,
-                seen=seen,
+        knobs = knobs or self.knobs
+        graph = self._graph_for(prompts, knobs) if self._graphs else None
+        try:
+            batch: Batch = (
+                Rows(self.tts, prompts, seeds, knobs) if graph is None else Graphed(graph, prompts, seeds, knobs)
             )
-            first = draw(probs, ids, uniform[:, 0])
-            alive = alive & (first != stop_id)
-            if not bool(alive.any()):
-                return
-            seen.scatter_(1, first[:, None], True)
-            # A stopped row goes on in the batch with any code: nobody reads it.
-            codes = [torch.where(alive, first, 0)]
-            embedded = talker.embed_codec(codes[0])
-            logits = predictor.start(hidden, embedded, small_cache)
-            for codebook in range(1, n_codebooks):
-                codes.append(draw(*distribution(logits, knobs.residual), uniform[:, codebook]))
-                if codebook < n_codebooks - 1:
-                    logits = predictor.step(codebook, codes[-1], small_cache)
-            stacked = torch.stack(codes, dim=1)
-            yield Frame(torch.where(alive[:, None], stacked, ENDED), stop)
-            text = torch.stack([prompt.text_at(frame) for prompt in prompts])
-            x = embedded + predictor.embed(stacked[:, 1:]) + text
-            hidden = talker.hidden(x[:, None], cache)[:, 0]
+            for _ in range(knobs.max_frames):
+                frame = batch.step()
+                if frame is None:
+                    return
+                yield frame
+        finally:
+            if graph is not None:
+                self._idle.append(graph)
+
+    def _graph_for(self, prompts: Sequence[Prompt], knobs: Knobs) -> FrameGraph:
+        """An idle graph of one slot a prompt, with room for them; one is built where none fits.
+
+        Sizes are rounded up to powers of two, so that few are built; one that became too small is let go.
+        """
+        from quaver.frame import FrameGraph, Weights
+
+        n_positions = max(len(prompt.embeds) for prompt in prompts) + knobs.max_frames
+        n_lines = min(max(len(prompt.tail) for prompt in prompts), knobs.max_frames)
+        same = [graph for graph in self._idle if graph.n_slots == len(prompts)]
+        for graph in same:
+            self._idle.remove(graph)
+            if graph.capacity >= n_positions and graph.n_lines >= n_lines:
+                return graph
+        if self._weights is None:
+            self._weights = Weights(self.tts)
+        return FrameGraph(self._weights, len(prompts), _power_of_two(n_positions), _power_of_two(n_lines))
 
     def codes(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> list[Tensor]:
         """Whole utterances: for each prompt its frames [T, Q]."""
@@ -225,7 +322,7 @@ class Engine:
         for codes in frames:
             waiting.append(codes)
             if len(waiting) == chunk_frames:
-                samples = stream.push(torch.stack(waiting)).float().cpu().numpy()
+                samples = stream.push(torch.stack(waiting).to(self.tts.device)).float().cpu().numpy()
                 if n_sent == 0:
                     samples[:n_fade] *= ramp
                 samples = np.concatenate((held, samples))
@@ -235,7 +332,7 @@ class Engine:
         # What was sent is sent: a sentence that ran away is cut no earlier.
         waiting = waiting[: max(0, take.n_kept - n_sent)]
         if waiting:
-            samples = stream.push(torch.stack(waiting)).float().cpu().numpy()
+            samples = stream.push(torch.stack(waiting).to(self.tts.device)).float().cpu().numpy()
             if n_sent == 0:
                 samples[:n_fade] *= ramp
             held = np.concatenate((held, samples))
@@ -302,3 +399,8 @@ class _Take:
             if runaway is not None:
                 return
         self.reason, self.n_kept = "length" if n_frames == knobs.max_frames else "stop", n_frames
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two from 64 on that is ``n`` or more."""
+    return max(64, 1 << (n - 1).bit_length())

@@ -92,13 +92,61 @@ class Int4Weight:
         return ((groups - self.zeros.float()[..., None]) * self.scales[..., None]).flatten(1)
 
 
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """A weight in the GPU's layout: the stored integers, in the order in which a row is read.
+
+    ``packed`` [out, in / 8] int32: nibble j of word c of a group's 16 holds input 16 j + c of the group's 128, so the
+    same nibble of neighbouring words meets neighbouring inputs. ``zeros`` uint8 and ``scales`` float16 [out, in / 128].
+    """
+
+    packed: Tensor
+    zeros: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, weight: Int4Weight) -> Lanes:
+        """``weight`` in this layout: exact."""
+        columns = weight.values.reshape(*weight.zeros.shape, 8, GROUP // 8).transpose(2, 3).flatten(1)
+        return cls(pack(columns, IN_TURN), weight.zeros.contiguous(), weight.scales.to(torch.float16))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Lanes]) -> Lanes:
+        """The weights of ``parts``, one below the other."""
+        return cls(
+            torch.cat([part.packed for part in parts]),
+            torch.cat([part.zeros for part in parts]),
+            torch.cat([part.scales for part in parts]),
+        )
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """Its tensors."""
+        return self.packed, self.zeros, self.scales
+
+    def rows(self, start: int, end: int) -> Lanes:
+        """Output rows ``start`` to ``end``: a view."""
+        return Lanes(self.packed[start:end], self.zeros[start:end], self.scales[start:end])
+
+    def weight(self) -> Int4Weight:
+        """The weight that it holds: exact."""
+        packed = self.packed.view(torch.uint8)
+        columns = torch.stack((packed & LEVELS - 1, packed >> 4), dim=-1)
+        values = columns.view(*self.zeros.shape, GROUP // 8, 8).transpose(2, 3).flatten(1)
+        return Int4Weight(values, self.zeros, self.scales.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight().dequantize().to(x.dtype))
+
+
 class Int4Linear(nn.Module):
     """A linear layer whose weight is in the AWQ format; its buffers carry the checkpoint's names.
 
-    Until ``prepare`` it holds the stored tensors and multiplies by the exact weight: the reference. Prepared for a CPU
-    it holds one other layout instead, half a byte a weight: bfloat16 activations go through PyTorch's int4 operator,
-    others through float32 tiles of the exact weight. The operator takes float32 too, but as scalar code, some 20 times
-    slower than its bfloat16, and with up to 9 times the rounding error of a matrix product: it sums a row in turn.
+    Until ``prepare`` it holds the stored tensors and multiplies by the exact weight: the reference. ``hold`` makes it
+    a view of a fused weight in the GPU's layout. Prepared for a CPU it holds one other layout instead, half a byte a
+    weight: bfloat16 activations go through PyTorch's int4 operator, others through float32 tiles of the exact weight.
+    The operator takes float32 too, but as scalar code, some 20 times slower than its bfloat16, and with up to 9 times
+    the rounding error of a matrix product: it sums a row in turn.
     """
 
     qweight: Tensor | None
@@ -115,7 +163,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("qzeros", torch.zeros(n_groups, out_features // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(n_groups, out_features, dtype=torch.float16))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self._kernel: _Operator | _Tiles | None = None
+        self._kernel: _Operator | _Tiles | Lanes | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -133,12 +181,29 @@ class Int4Linear(nn.Module):
         self._kernel = _Operator(weight) if _Operator.fits(weight, dtype) else _Tiles(weight)
         self.qweight = self.qzeros = self.scales = None
 
+    def lanes(self) -> Lanes:
+        """Its weight in the GPU's layout."""
+        if isinstance(self._kernel, Lanes):
+            return self._kernel
+        stored = self._stored()
+        if stored is not None:
+            return Lanes.of(Int4Weight.read(*stored))
+        assert isinstance(self._kernel, _Tiles), "PyTorch's operator keeps no exact weight"
+        return Lanes.of(self._kernel.weight())
+
+    def hold(self, lanes: Lanes) -> None:
+        """Multiplies by ``lanes``, its own weight, from now on, and lets the stored tensors go."""
+        self._kernel = lanes
+        self.qweight = self.qzeros = self.scales = None
+
     def dequantize(self) -> Tensor:
         """The weight [out, in], float32: exact, but rounded to bfloat16 where PyTorch's operator is prepared."""
         stored = self._stored()
         if stored is not None:
             return Int4Weight.read(*stored).dequantize()
         assert self._kernel is not None
+        if isinstance(self._kernel, Lanes):
+            return self._kernel.weight().dequantize()
         dtype = torch.bfloat16 if isinstance(self._kernel, _Operator) else torch.float32
         return self._kernel(torch.eye(self.in_features, dtype=dtype)).float().T
 
@@ -188,6 +253,11 @@ class _Tiles:
         self.zeros = weight.zeros.contiguous()
         self.scales = weight.scales.to(torch.float16)
         self.held = (self.packed, self.zeros, self.scales)
+
+    def weight(self) -> Int4Weight:
+        """The weight that it holds: exact."""
+        halves = torch.stack((self.packed & LEVELS - 1, self.packed >> 4), dim=2)
+        return Int4Weight(halves.flatten(1), self.zeros, self.scales.float())
 
     def __call__(self, x: Tensor) -> Tensor:
         n_out, n_groups, half = self.packed.shape

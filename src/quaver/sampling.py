@@ -13,6 +13,12 @@ from torch import Tensor
 
 from quaver.errors import RecipeError
 
+MIN_FRAMES = 2
+"""No utterance stops before this many frames (official generation code)."""
+
+ENDED = -1
+"""The code of a row that has stopped."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

@@ -1,0 +1,417 @@
+"""What a frame costs: milliseconds, times real time, first audio and memory, beside what the bytes alone would take.
+
+    python bench/speed.py CONFIG.json CODEC_CONFIG.json [--batches 1 4 16 64] [--frames 100] [--out speed.json]
+
+Random weights of the configured shapes (INT4: random integers), so nothing here says how it sounds. Rows: plain
+PyTorch; graphs with BF16 and with INT4 talkers, with and without ``overlap``. Every row stands alone: one that fails is
+reported with its error, and the others are still measured. Where there is no CUDA device only plain PyTorch is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quaver.config import FRAME_RATE_HZ, ModelConfig, parse
+from quaver.engine import Engine, Knobs
+from quaver.int4 import GROUP, Int4Linear
+from quaver.model.layers import GROUPS
+from quaver.model.tts import TTS, Model, Prompt, Utterance
+from quaver.sampling import Sampling
+from quaver.voice import Voice
+from random_model import random_checkpoint
+
+if TYPE_CHECKING:
+    from quaver.frame import Weights
+
+SAMPLED = Knobs(Sampling(), Sampling(penalty=1.0), 2048)
+GREEDY = Knobs(Sampling(0.0, penalty=1.0), Sampling(0.0, penalty=1.0), 2048)
+N_PROMPT = 32
+Row = dict[str, Any]
+
+
+def random_tts(shell: TTS, settings: Mapping[str, Any]) -> TTS:
+    """A model of ``settings`` with random weights made on the device of ``shell``, which lends codec and tokenizer.
+
+    It never stops: the stop id's row of the head is zero, far below the 50 likeliest.
+    """
+    config = parse(ModelConfig, dict(settings), "settings")
+    with torch.device("meta"):
+        model = Model(config)
+    model = model.to(shell.dtype).to_empty(device=shell.device)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.dim() == 1 and "norm" in name:
+                value.fill_(1)
+            else:
+                value.normal_(0, 0.5 if "embedding" in name else max(1, value[0].numel()) ** -0.5)
+        model.talker.codec_head.weight[config.talker_config.codec_eos_token_id] = 0
+    checkpoint = replace(shell.checkpoint, config=config, settings=settings)
+    return TTS(checkpoint, model.eval().requires_grad_(False), shell.codec, shell.tokenizer)
+
+
+def shell_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` at tiny widths: a folder of them is written and read in seconds."""
+    tiny = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
+    talker = settings["talker_config"]
+    small = {**talker["code_predictor_config"], **tiny}
+    found = {
+        **settings,
+        "talker_config": {**talker, **tiny, "text_hidden_size": 64, "code_predictor_config": small},
+    }
+    if "speaker_encoder_config" in settings:
+        found["speaker_encoder_config"] = {**settings["speaker_encoder_config"], "enc_dim": 128}
+    return found
+
+
+def quantize_at_random(tts: TTS) -> None:
+    """Puts random 4-bit weights of the usual size in the place of the talker's linears."""
+    for layer in tts.talker.model.layers:
+        for path in (path for group in GROUPS for path in group.linears):
+            parent, _, leaf = path.rpartition(".")
+            linear = layer.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            n_in, n_out = linear.in_features, linear.out_features
+            with torch.device(tts.device):
+                made = Int4Linear(n_in, n_out)
+                shape = (n_in, n_out // 8)
+                made.qweight = torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(torch.int32)
+                made.qzeros = torch.full((n_in // GROUP, n_out // 8), -0x77777778, dtype=torch.int32)
+                # 16 levels spread evenly have a deviation of 4.6 steps.
+                made.scales = torch.full((n_in // GROUP, n_out), n_in**-0.5 / 4.6, dtype=torch.float16)
+            made.prepare(tts.dtype)
+            setattr(layer.get_submodule(parent), leaf, made)
+
+
+def prompts(tts: TTS, n: int) -> list[Prompt]:
+    """``n`` prompts of random embeddings, each of another length."""
+    table = tts.talker.model.codec_embedding.weight.detach()
+    return [Prompt(table[: N_PROMPT + i % 8].clone(), table[:40].clone()) for i in range(n)]
+
+
+def synchronize(tts: TTS) -> None:
+    """Waits for the device."""
+    if tts.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed_frames(engine: Engine, batch: int, n_frames: int) -> Row:
+    """The median and the 95th percentile of a frame's milliseconds, as a caller of ``frames`` sees them."""
+    tts = engine.tts
+    knobs = replace(SAMPLED, max_frames=n_frames)
+    given = prompts(tts, batch)
+    for _ in engine.frames(given, range(batch), replace(knobs, max_frames=min(n_frames, 4))):
+        pass
+    for _ in engine.frames(given, range(batch), knobs):
+        break
+    synchronize(tts)
+    if tts.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times, start = [], time.perf_counter()
+    # Each frame is waited for by the loop itself, which must know whether anyone still speaks.
+    for _ in engine.frames(given, range(batch), knobs):
+        now = time.perf_counter()
+        times.append(1e3 * (now - start))
+        start = now
+    # The first frame holds the prefill.
+    later = times[2:] or times
+    middle = statistics.median(later)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if tts.device.type == "cuda" else None
+    return {
+        "ms_per_frame": middle,
+        "p95_ms": sorted(later)[int(0.95 * (len(later) - 1))],
+        "prefill_ms": times[0],
+        "x_real_time": batch * 1e3 / FRAME_RATE_HZ / middle,
+        "peak_gb": peak,
+        "n_frames": len(times),
+    }
+
+
+def replayed(weights: Weights, batch: int, n_frames: int, overlap: bool) -> Row:
+    """The milliseconds of a frame on the device alone: a run of replays between two events, for both samplings."""
+    from quaver.frame import FrameGraph
+
+    found: Row = {}
+    start_s = time.perf_counter()
+    frame = FrameGraph(weights, batch, 512, 64, overlap=overlap)
+    found["build_s"] = time.perf_counter() - start_s
+    n_frames = min(n_frames, 400)
+    for name, knobs in (("greedy", GREEDY), ("sampled", SAMPLED)):
+        for slot, prompt in enumerate(prompts(weights.tts, batch)):
+            frame.join(slot, prompt, slot, knobs.sampling, knobs.residual)
+        for _ in range(5):
+            frame.step()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        for _ in range(n_frames):
+            frame.step()
+        last.record()
+        torch.cuda.synchronize()
+        found[f"{name}_ms"] = first.elapsed_time(last) / n_frames
+        found[f"{name}_alive"] = int(frame.slots.alive.sum())
+    return found
+
+
+def kernel_times(weights: Weights, batch: int) -> list[Row]:
+    """One frame's kernels by name and launch shape: how many, and their microseconds together, longest first."""
+    from quaver.frame import FrameGraph
+
+    frame = FrameGraph(weights, batch, 512, 64)
+    for slot, prompt in enumerate(prompts(weights.tts, batch)):
+        frame.join(slot, prompt, slot, SAMPLED.sampling, SAMPLED.residual)
+    for _ in range(3):
+        frame.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        frame.step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy")]
+    events.sort(key=lambda event: event["ts"])
+    span = events[-1]["ts"] + events[-1]["dur"] - events[0]["ts"]
+    found: dict[str, Row] = {}
+    for event in events:
+        name = f"{event['name'][:40]} {event['args'].get('grid', '')}"
+        row = found.setdefault(name, {"kernel": name, "n": 0, "us": 0.0})
+        row["n"] += 1
+        row["us"] += event["dur"]
+    rows = sorted(found.values(), key=lambda row: -float(row["us"]))
+    busy = sum(float(row["us"]) for row in rows)
+    return [{"kernel": "frame, first to last", "n": len(events), "us": span}, *rows[:30], {
+        "kernel": "all kernels", "n": len(events), "us": busy}]  # fmt: skip
+
+
+def product_times(weights: Weights) -> list[Row]:
+    """Each shape of product for one row, on multiply-adds and on tensor cores: microseconds and bandwidth.
+
+    Every call reads the next layer's weight, as a frame does, so that the cache is as cold as it is there.
+    """
+    from quaver.kernels.linear import linear
+
+    config = weights.tts.config.talker_config
+    found = []
+    for stack, layers, eps in (
+        ("talker", weights.talker, config.rms_norm_eps),
+        ("predictor", weights.predictor, config.code_predictor_config.rms_norm_eps),
+    ):
+        for name in ("qkv", "o", "gate_up", "down"):
+            matrices = [getattr(layer, name) for layer in layers]
+            n_out, n_in = matrices[0].shape
+            gated = name == "gate_up"
+            like = weights.tables[0]
+            x = torch.randn(1, n_in, device=like.device).to(like.dtype)
+            y = like.new_zeros(1, n_out // 2 if gated else n_out)
+            gain = like.new_ones(n_in) if name in ("qkv", "gate_up") else None
+            for cores in (False, True):
+
+                def run(
+                    matrices: list[Any] = matrices, x: Tensor = x, y: Tensor = y, gain: Tensor | None = gain,
+                    gated: bool = gated, cores: bool = cores, eps: float = eps,
+                ) -> None:  # fmt: skip
+                    for matrix in matrices:
+                        linear(x, matrix, y, gain=gain, eps=eps, gated=gated, tensor_cores=cores)
+
+                us = 1e3 * graph_ms(run) / len(matrices)
+                found.append({
+                    "product": f"{stack} {name}", "tensor_cores": cores, "us": us,
+                    "tb_s": matrices[0].n_bytes / us / 1e6,
+                })  # fmt: skip
+    return found
+
+
+def graph_ms(run: Callable[[], None], n: int = 50) -> float:
+    """The milliseconds of ``run`` as a graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+    for _ in range(n):
+        graph.replay()
+    last.record()
+    torch.cuda.synchronize()
+    return float(first.elapsed_time(last)) / n
+
+
+def copy_tb_s() -> float:
+    """The bandwidth of a copy within the device, reads and writes together."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").fill_(1)
+    target = torch.empty_like(source)
+    ms = graph_ms(lambda: _copy(source, target), 10)
+    return 2 * source.nbytes / ms / 1e9
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
+
+
+def first_audio(engine: Engine) -> Row:
+    """Seconds from the request to the first four frames' samples, the second of two requests."""
+    tts = engine.tts
+    width = tts.config.talker_config.hidden_size
+    voice = Voice(name="x", speaker=torch.randn(width, generator=torch.Generator().manual_seed(5)))
+    utterance = Utterance("This is what it takes to be heard.", "english", voice)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        chunks = engine.speak(utterance, replace(SAMPLED, max_frames=16), chunk_frames=4)
+        next(chunks)
+        seconds = time.perf_counter() - start
+        for _ in chunks:
+            pass
+    return {"first_audio_s": seconds}
+
+
+def same_codes(tts: TTS, n_frames: int) -> Row:
+    """How many greedy frames graphs and plain PyTorch agree on before their first difference, for two slots."""
+    knobs = replace(GREEDY, max_frames=n_frames)
+    given = prompts(tts, 2)
+    plain = Engine(tts, graphs=False).codes(given, [0, 1], knobs)
+    graphs = Engine(tts).codes(given, [0, 1], knobs)
+    alone = Engine(tts).codes(given[:1], [0], knobs)
+    pairs = {"slot 0": (plain[0], graphs[0]), "slot 1": (plain[1], graphs[1]), "alone": (plain[0], alone[0])}
+    return {name: agreement(*pair) for name, pair in pairs.items()}
+
+
+def agreement(a: Tensor, b: Tensor) -> int:
+    """Frames before the first difference."""
+    n = min(len(a), len(b))
+    differs = (a[:n] != b[:n]).any(1).nonzero()
+    return int(differs[0]) if len(differs) else n
+
+
+def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is measured of one model, by name, the most telling first."""
+    plain = Engine(tts, graphs=False)
+    if tts.device.type != "cuda":
+        for batch in batches:
+            yield f"{kind} eager b{batch}", partial(timed_frames, plain, batch, n_frames)
+        yield f"{kind} eager first audio", lambda: first_audio(plain)
+        return
+    if kind == "bf16":
+        # Before the weights are fused: each frame of it takes long.
+        for batch in batches:
+            yield f"{kind} eager b{batch}", partial(timed_frames, plain, batch, min(n_frames, 12))
+    from quaver.frame import Weights
+
+    held: list[Weights] = []
+
+    def weights() -> Weights:
+        if not held:
+            held.append(Weights(tts))
+        return held[0]
+
+    def graph_times(batch: int, overlap: bool) -> Row:
+        return replayed(weights(), batch, n_frames, overlap)
+
+    # Each of these compiles kernels of its own, for a minute in all.
+    for batch, overlap in ((batches[0], False), (batches[0], True), *((batch, False) for batch in batches[1:])):
+        yield f"{kind} graph{' overlap' if overlap else ''} b{batch}", partial(graph_times, batch, overlap)
+    yield f"{kind} roofline", lambda: {"frame_mb": weights().frame_bytes / 1e6}
+    yield f"{kind} products", lambda: product_times(weights())
+    yield f"{kind} kernels b1", lambda: kernel_times(weights(), 1)
+    yield f"{kind} agreement", lambda: same_codes(tts, 24)
+    engine = Engine(tts)
+    for batch in batches[:2]:
+        yield f"{kind} engine b{batch}", partial(timed_frames, engine, batch, n_frames)
+    yield f"{kind} first audio", lambda: first_audio(engine)
+
+
+def measure(config: Path, codec_config: Path, batches: list[int], n_frames: int, out: Path) -> Row:
+    """Everything, written to ``out`` after each section: what was measured is kept if the machine goes."""
+    settings, codec = json.loads(config.read_text()), json.loads(codec_config.read_text())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: Row = {"machine": machine(), "config": config.name, "n_frames": n_frames}
+
+    def note(name: str, run: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        try:
+            found[name] = run()
+        except Exception as error:  # A section that fails is a finding, and must not cost the others.
+            found[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-3000:]}
+        print(f"{time.perf_counter() - start:7.1f} s  {name}: {shown(found[name])}", flush=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+    if device == "cuda":
+        note("copy_tb_s", copy_tb_s)
+    with tempfile.TemporaryDirectory() as folder:
+        made = random_checkpoint(Path(folder) / "shell", shell_settings(settings), codec)
+        # As on a GPU; on a CPU a small model would become float32.
+        shell = TTS.load(made, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
+    for kind in ("bf16", "int4"):
+        tts = random_tts(shell, settings)
+        if kind == "int4":
+            quantize_at_random(tts)
+        for name, run in sections(tts, kind, batches, n_frames):
+            note(name, run)
+        del tts
+    return found
+
+
+def machine() -> Mapping[str, str]:
+    """What this was measured on and with."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "gpu": gpu, "cpu": platform.machine(), "torch": torch.__version__, "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+    }  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """A section's figures in a line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(item)}" for key, item in value.items() if key != "trace")
+    if isinstance(value, list):
+        return "".join(f"\n{'':12}{shown(item)}" for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(found: Row) -> str:
+    """Milliseconds a frame beside what the bytes alone take at the speed of a copy."""
+    copy = found.get("copy_tb_s")
+    lines = [f"{'row':32} {'ms/frame':>9} {'x real time':>12} {'bytes alone, ms':>16}"]
+    for name, value in found.items():
+        ms = value.get("sampled_ms", value.get("ms_per_frame")) if isinstance(value, dict) else None
+        if ms is None:
+            continue
+        batch = int(name.rpartition(" b")[2])
+        mb = found.get(f"{name.split()[0]} roofline", {}).get("frame_mb")
+        floor = f"{mb / copy / 1e3:16.3f}" if mb and isinstance(copy, float) else ""
+        lines.append(f"{name:32} {ms:9.3f} {batch * 80 / ms:12.1f} {floor}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("codec_config", type=Path)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--frames", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path("speed.json"))
+    asked = parser.parse_args()
+    print(table(measure(asked.config, asked.codec_config, asked.batches, asked.frames, asked.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""One frame of speech as one graph on the GPU: talker, sampling, code predictor, embeddings, stop, and no host in it.
+
+Shapes: B slots, C capacity in positions, Q codebooks, D the talker's width, E the predictor's. A slot is a place for
+one utterance: it has its own position, knobs, seed and end, so that utterances join and leave a running batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quaver.config import SUPPRESSED_IDS, DecoderConfig
+from quaver.int4 import Int4Linear
+from quaver.kernels.attention import Heads, Splits, attend
+from quaver.kernels.linear import Matrix, linear
+from quaver.kernels.sampler import Slots, sample_first, sample_residual
+from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
+from quaver.model.tts import TTS, Prompt
+from quaver.sampling import ENDED, MIN_FRAMES, Sampling
+
+_PROGRAMS = 128
+"""About how many programs read a cache at once: as many as a large GPU has processors."""
+_MOST_SPLITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A decoder layer's fused weights, in the order in which they are read."""
+
+    before_attention: Tensor
+    qkv: Matrix
+    query_gain: Tensor
+    key_gain: Tensor
+    o: Matrix
+    before_mlp: Tensor
+    gate_up: Matrix
+    down: Matrix
+
+    @classmethod
+    def of(cls, layer: DecoderLayer) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            layer.input_layernorm.weight,
+            Matrix.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            attention.q_norm.weight,
+            attention.k_norm.weight,
+            Matrix.of(attention.o_proj),
+            layer.post_attention_layernorm.weight,
+            Matrix.of(mlp.gate_proj, mlp.up_proj),
+            Matrix.of(mlp.down_proj),
+        )
+
+
+class Weights:
+    """The weights of ``tts`` as the kernels read them. The modules go on with views of them: memory holds them once.
+
+    What the predictor reads of an embedding is its projection, so that is tabled: ``projected`` [Q - 1][V, E]. It takes
+    a product and a launch off every code (and, for a talker of width 2,048, 69 MB).
+    """
+
+    def __init__(self, tts: TTS) -> None:
+        talker, predictor = tts.talker, tts.talker.code_predictor
+        # The modules outlive whatever inference mode this is called in.
+        with torch.inference_mode(False), torch.no_grad():
+            self.tts = tts
+            self.talker = [_Layer.of(layer) for layer in _layers(talker.model)]
+            self.predictor = [_Layer.of(layer) for layer in _layers(predictor.model)]
+            self.codec_head = Matrix.of(_linear(talker.codec_head))
+            self.heads = [Matrix.of(_linear(head)) for head in predictor.lm_head]
+            project = predictor.small_to_mtp_projection
+            self.projection = None if isinstance(project, nn.Identity) else Matrix.of(_linear(project))
+            self.tables = [
+                table.weight.detach()
+                for table in (talker.model.codec_embedding, *predictor.model.codec_embedding)
+                if isinstance(table, nn.Embedding)
+            ]
+            # The last codebook's embedding goes to the talker alone.
+            self.projected = [project(table).contiguous() for table in self.tables[:-1]]
+
+    @property
+    def frame_bytes(self) -> int:
+        """What one frame reads of them, in bytes: the talker once, the predictor's layers for each residual code."""
+
+        def layers(stack: list[_Layer]) -> int:
+            return sum(m.n_bytes for layer in stack for m in (layer.qkv, layer.o, layer.gate_up, layer.down))
+
+        heads = sum(matrix.n_bytes for matrix in (self.codec_head, *self.heads))
+        projection = 0 if self.projection is None else self.projection.n_bytes
+        return layers(self.talker) + len(self.heads) * layers(self.predictor) + heads + projection
+
+
+class _Stack:
+    """A decoder stack at work on up to ``n_rows`` rows: its cache [L, B, G, C, d] and the room between the kernels."""
+
+    def __init__(
+        self, layers: list[_Layer], config: DecoderConfig, n_slots: int, n_rows: int, capacity: int, like: Tensor
+    ) -> None:
+        self.layers, self.config = layers, config
+        d, n_heads, n_key_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        shape = (config.num_hidden_layers, n_slots, n_key_heads, capacity, d)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        rotary = Rotary.at(torch.arange(capacity, device=like.device)[None], d, config.rope_theta, like.dtype)
+        self.cos, self.sin = (part[0, 0, :, : d // 2].contiguous() for part in (rotary.cos, rotary.sin))
+        self.qkv = like.new_zeros(n_rows, (n_heads + 2 * n_key_heads) * d)
+        self.attended = like.new_zeros(n_rows, n_heads * d)
+        self.inner = like.new_zeros(n_rows, config.intermediate_size)
+        # A cache of a few positions is one block's work.
+        n_splits = min(_MOST_SPLITS, max(1, _PROGRAMS // (n_slots * n_key_heads))) if capacity > _PROGRAMS else 1
+        self.splits = {rows: Splits.of(rows, n_heads, n_key_heads, d, n_splits, like) for rows in {n_slots, n_rows}}
+
+    def run(self, x: Tensor, past: Tensor, overlap: bool) -> None:
+        """Carries the stream ``x`` [R, D] through all layers, in place; not through the last norm."""
+        rows, eps = len(x), self.config.rms_norm_eps
+        qkv, attended, inner = self.qkv[:rows], self.attended[:rows], self.inner[:rows]
+        for index, layer in enumerate(self.layers):
+            heads = Heads(layer.query_gain, layer.key_gain, eps, self.cos, self.sin)
+            linear(x, layer.qkv, qkv, gain=layer.before_attention, eps=eps, overlap=overlap)
+            attend(qkv, heads, self.keys[index], self.values[index], past, self.splits[rows], attended, overlap=overlap)
+            linear(attended, layer.o, x, residual=x, overlap=overlap)
+            linear(x, layer.gate_up, inner, gain=layer.before_mlp, eps=eps, gated=True, overlap=overlap)
+            linear(inner, layer.down, x, residual=x, overlap=overlap)
+
+
+class FrameGraph:
+    """B slots that speak a frame a step; on a GPU the step is one captured graph.
+
+    ``capacity``: positions of a slot's cache, prompt and frames together; ``n_lines``: rows of text it can hold.
+    ``overlap`` lets each kernel ask for its weights while the one before it ends (needs compute capability 9.0).
+    """
+
+    def __init__(self, weights: Weights, n_slots: int, capacity: int, n_lines: int, *, overlap: bool = False) -> None:
+        self.weights, self.capacity, self.n_slots, self.n_lines = weights, capacity, n_slots, n_lines
+        self._overlap = overlap
+        tts = weights.tts
+        config = tts.config.talker_config
+        small = config.code_predictor_config
+        table = weights.tables[0]
+        n_codebooks = config.num_code_groups
+        self.slots = Slots.of(n_slots, capacity, n_lines, config.vocab_size, n_codebooks, table)
+        self._talker = _Stack(weights.talker, config, n_slots, n_slots, capacity, table)
+        self._predictor = _Stack(weights.predictor, small, n_slots, 2 * n_slots, n_codebooks, table)
+        self._hidden = table.new_zeros(n_slots, config.hidden_size)
+        self._embedded = table.new_zeros(n_slots, config.hidden_size)
+        # Two positions begin the predictor's sequence: all slots' hidden states, then all slots' first codes.
+        self._pair = table.new_zeros(2 * n_slots, small.hidden_size)
+        self._single = table.new_zeros(n_slots, small.hidden_size)
+        self._first_logits = table.new_zeros(n_slots, config.vocab_size)
+        self._logits = table.new_zeros(n_slots, small.vocab_size)
+        ramp = torch.arange(n_codebooks, dtype=torch.int32, device=table.device)
+        self._past = ramp[:, None].repeat(1, n_slots)
+        self._graph = self._capture() if table.is_cuda else None
+
+    @torch.inference_mode()
+    def join(self, slot: int, prompt: Prompt, seed: int, sampling: Sampling, residual: Sampling) -> None:
+        """Begins an utterance in ``slot``, whatever was there; the other slots do not notice."""
+        tts, slots = self.weights.tts, self.slots
+        n_prompt, n_text = len(prompt.embeds), min(len(prompt.tail), self.n_lines)
+        assert n_prompt < self.capacity, "the prompt is longer than the slot"
+        cache = KVCache(tts.config.talker_config, 1, n_prompt, prompt.embeds)
+        self._hidden[slot] = tts.talker.hidden(prompt.embeds[None], cache)[0, -1]
+        self._talker.keys[:, slot, :, :n_prompt] = cache.keys[:, 0]
+        self._talker.values[:, slot, :, :n_prompt] = cache.values[:, 0]
+        slots.texts[slot, :n_text] = prompt.tail[:n_text]
+        slots.codes[:, slot], slots.stops[:, slot] = ENDED, 0
+        slots.seen[slot] = 0
+        for state, value in (
+            (slots.seed, seed), (slots.frame, 0), (slots.prompt, n_prompt), (slots.past, n_prompt),
+            (slots.n_text, n_text), (slots.alive, 1),
+        ):  # fmt: skip
+            state[slot] = value
+        self.tune(slot, sampling, residual)
+
+    @torch.inference_mode()
+    def tune(self, slot: int, sampling: Sampling, residual: Sampling) -> None:
+        """Sets the knobs of ``slot`` from its next frame on."""
+        for knobs, given in ((self.slots.first, sampling), (self.slots.residual, residual)):
+            knobs[slot] = torch.tensor([given.temperature, given.top_k, given.top_p, given.penalty])
+
+    @torch.inference_mode()
+    def leave(self, slot: int) -> None:
+        """Ends what ``slot`` says."""
+        self.slots.alive[slot] = 0
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Speaks the next frame of every slot: row ``frame`` of ``codes`` and ``stops``. Returns before the GPU has."""
+        if self._graph is None:
+            self._enqueue()
+        else:
+            self._graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # Kernels are compiled and libraries woken by a first run; idle slots say nothing.
+        with torch.inference_mode():
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._enqueue()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._enqueue()
+        return graph
+
+    def _enqueue(self) -> None:
+        """One frame, kernel by kernel: codes from the hidden states, then the hidden states of the next frame."""
+        weights, slots, n, on = self.weights, self.slots, self.n_slots, self._overlap
+        config = weights.tts.config.talker_config
+        linear(self._hidden, weights.codec_head, self._first_logits, overlap=on)
+        sample_first(
+            self._first_logits, slots, weights.tables[0], weights.projected[0], self._pair[n:], self._embedded,
+            stop_id=config.codec_eos_token_id, n_banned=SUPPRESSED_IDS, min_frames=MIN_FRAMES, overlap=on,
+        )  # fmt: skip
+        if weights.projection is None:
+            self._pair[:n].copy_(self._hidden)
+        else:
+            linear(self._hidden, weights.projection, self._pair[:n], overlap=on)
+        small = weights.tts.talker.code_predictor.model
+        gain, eps = small.norm.weight, small.norm.eps
+        x, last = self._pair, config.num_code_groups - 1
+        for codebook in range(1, last + 1):
+            self._predictor.run(x, self._past[0 if codebook == 1 else codebook], on)
+            linear(x[-n:], weights.heads[codebook - 1], self._logits, gain=gain, eps=eps, overlap=on)
+            x = self._single
+            sample_residual(
+                codebook, self._logits, slots, weights.tables[codebook],
+                weights.projected[min(codebook, last - 1)], x, self._embedded, overlap=on,
+            )  # fmt: skip
+        self._talker.run(self._embedded, slots.past, on)
+        self._hidden.copy_(weights.tts.talker.model.norm(self._embedded))
+
+
+def _layers(decoder: Decoder) -> list[DecoderLayer]:
+    return [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+
+
+def _linear(module: nn.Module) -> nn.Linear | Int4Linear:
+    assert isinstance(module, nn.Linear | Int4Linear)
+    return module
