@@ -36,7 +36,7 @@ _HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH, _HQQ_ROUNDS = 0.7, 10.0, 1.01, 20
 def round_to_nearest(layer: DecoderLayer, moments: Mapping[str, Moment], norm_dtype: torch.dtype) -> LayerSearch:
     """Each weight to its nearest level, nothing else."""
     found = LayerSearch(layer, moments, norm_dtype, activation_aware=False)
-    found.run()
+    found.run(layer)
     return found
 
 

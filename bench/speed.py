@@ -143,11 +143,11 @@ def timed_frames(engine: Engine, batch: int, n_frames: int) -> Row:
 
 def replayed(weights: Weights, batch: int, n_frames: int, overlap: bool) -> Row:
     """The milliseconds of a frame on the device alone: a run of replays between two events, for both samplings."""
-    from quaver.frame import Frame
+    from quaver.frame import FrameGraph
 
     found: Row = {}
     start_s = time.perf_counter()
-    frame = Frame(weights, batch, 512, 64, overlap=overlap)
+    frame = FrameGraph(weights, batch, 512, 64, overlap=overlap)
     found["build_s"] = time.perf_counter() - start_s
     n_frames = min(n_frames, 400)
     for name, knobs in (("greedy", GREEDY), ("sampled", SAMPLED)):
@@ -168,9 +168,9 @@ def replayed(weights: Weights, batch: int, n_frames: int, overlap: bool) -> Row:
 
 def kernel_times(weights: Weights, batch: int) -> list[Row]:
     """One frame's kernels by name and launch shape: how many, and their microseconds together, longest first."""
-    from quaver.frame import Frame
+    from quaver.frame import FrameGraph
 
-    frame = Frame(weights, batch, 512, 64)
+    frame = FrameGraph(weights, batch, 512, 64)
     for slot, prompt in enumerate(prompts(weights.tts, batch)):
         frame.join(slot, prompt, slot, SAMPLED.sampling, SAMPLED.residual)
     for _ in range(3):

@@ -11,6 +11,8 @@ import toy
 from quaver.model.tts import TTS
 
 torch.set_num_threads(1)
+# And of what tests start: two threads on cores that others use take ten times as long as one.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Without a GPU the kernels run in Triton's interpreter, which must be asked for before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
-from quaver import awq, awq_search
+from quaver import awq, awq_search, corpus, stream
 from quaver.awq_search import (
     Feed,
     Feedback,
@@ -31,11 +39,12 @@ from quaver.awq_search import (
     settled,
 )
 from quaver.checkpoint import Checkpoint
+from quaver.config import read_model_config
 from quaver.corpus import Item
-from quaver.errors import CheckpointError, RecipeError
+from quaver.errors import BudgetError, CheckpointError, RecipeError
 from quaver.int4 import GROUP, Int4Linear, Int4Weight
 from quaver.model.layers import GROUPS, DecoderLayer
-from quaver.model.tts import TTS, Utterance
+from quaver.model.tts import TTS, Utterance, _sparing, shapes
 from quaver.provenance import Step
 from quaver.verify import verify
 from quaver.voice import Voice
@@ -298,25 +307,25 @@ def test_a_norm_absorbs_its_scale_without_rounding(layer, dtype):
 def test_padding_is_not_observed(toy_tts, items):
     decoder = toy_tts.talker.model
     rows = awq.talker_inputs(toy_tts, items, 512)
-    together = awq.Stream(decoder, rows)
+    together = stream.Stream(decoder, rows)
     assert len(together.batches) == 1 and not bool(together.batches[0].mask.all())
     moments = together.observe(decoder.layers[0])
     n_positions = sum(map(len, rows))
     for group in GROUPS:
-        alone = [awq.Stream(decoder, [row]).observe(decoder.layers[0])[group.name].second * len(row) for row in rows]
+        alone = [stream.Stream(decoder, [row]).observe(decoder.layers[0])[group.name].second * len(row) for row in rows]
         expected = torch.stack(alone).sum(0) / n_positions
         assert torch.allclose(moments[group.name].second, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def test_the_stream_runs_the_decoder(toy_tts, items, monkeypatch):
-    monkeypatch.setattr(awq, "_BATCH_POSITIONS", 60)
+    monkeypatch.setattr(stream, "_BATCH_POSITIONS", 60)
     decoder = toy_tts.talker.model
     rows = awq.talker_inputs(toy_tts, items, 512)
-    stream = awq.Stream(decoder, rows)
-    assert len(stream.batches) > 1
+    running = stream.Stream(decoder, rows)
+    assert len(running.batches) > 1
     for layer in decoder.layers:
-        stream.advance(layer)
-    found = [x[mask] for batch in stream.batches for x, mask in zip(batch.x, batch.mask, strict=True)]
+        running.advance(layer)
+    found = [x[mask] for batch in running.batches for x, mask in zip(batch.x, batch.mask, strict=True)]
     for row, made in zip(sorted(rows, key=len), found, strict=True):
         assert torch.allclose(decoder.norm(made), decoder(row[None])[0], atol=1e-5)
 
@@ -452,14 +461,198 @@ def test_progress_tells_every_layer_and_the_report_is_json(toy_folder, items, tm
     assert f"{before / 1e6:.1f} MB to {after / 1e6:.1f} MB" in report.summary()
 
 
-def test_an_interrupted_run_leaves_nothing(toy_folder, items, tmp_path):
+KILLED = """
+import os, signal, sys
+import torch
+from quaver import awq
+from quaver.partial import Partial
+
+torch.set_num_threads(1)
+source, out, when = sys.argv[1:]
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def progress(what, done, total):
+    if f"{what} {done}" == when:
+        die()
+
+if when == "deliver":
+    Partial.deliver = die
+awq.quantize(source, out, awq.Recipe(n_samples=2, n_positions=40), progress=progress)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(toy_folder, tmp_path_factory):
+    """The toy quantized at one go on its own speech."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    awq.quantize(toy_folder, out, awq.Recipe(n_samples=2, n_positions=40))
+    return out
+
+
+def kill(toy_folder, out, when):
+    """Quantizes as `whole` does in a process of its own, which is killed ``when`` progress says that."""
+    done = subprocess.run([sys.executable, "-c", KILLED, toy_folder, out, when], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not out.exists()
+    return out.with_name(f".{out.name}.partial")
+
+
+def digests(folder):
+    return {path.relative_to(folder).as_posix(): digest(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("when", ["speaking 2", "quantizing layers 1", "quantizing layers 2", "deliver"])
+def test_a_killed_run_goes_on_to_the_same_bytes(toy_folder, whole, tmp_path, monkeypatch, when):
+    kill(toy_folder, tmp_path / "out", when)
+    if when != "speaking 2":
+        # What was said is not said again.
+        monkeypatch.setattr(corpus, "builtin", None)
+    n_finished = {"quantizing layers 1": 1, "quantizing layers 2": 2, "deliver": 2}.get(when, 0)
+    report = awq.quantize(toy_folder, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    assert report.n_resumed == n_finished
+    assert ("finished earlier" in report.summary()) == bool(n_finished)
+    assert digests(tmp_path / "out") == digests(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_unfinished_work_of_another_kind_is_an_error_that_says_which(toy_folder, whole, tmp_path):
+    partial = kill(toy_folder, tmp_path / "out", "quantizing layers 1")
+    before = digests(partial)
+    for recipe, more, what in (
+        (awq.Recipe(n_samples=2, n_positions=39), {}, "recipe"),
+        (awq.Recipe(n_samples=2, n_positions=40), {"dtype": torch.bfloat16}, "recipe"),
+        (awq.Recipe(n_samples=2, n_positions=40), {"search": lambda *_: None}, "recipe"),
+        (awq.Recipe(n_samples=3, n_positions=40), {"calibration": []}, "calibration set and recipe"),
+    ):
+        with pytest.raises(RecipeError, match=f"of another {what}: go on with that one"):
+            awq.quantize(toy_folder, tmp_path / "out", recipe, **more)
+    other = toy.checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(RecipeError, match="of another model: "):
+        awq.quantize(other, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    assert digests(partial) == before
+
+
+def test_a_damaged_piece_is_named_and_once_removed_made_again(toy_folder, whole, tmp_path):
+    partial = kill(toy_folder, tmp_path / "out", "deliver")
+    (piece,) = partial.glob("layer-000.*.safetensors")
+    content = bytearray(piece.read_bytes())
+    content[-7] ^= 1
+    piece.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"layer-000.* is damaged: remove it"):
+        awq.quantize(toy_folder, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    piece.unlink()
+    report = awq.quantize(toy_folder, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    assert report.n_resumed == 1
+    assert digests(tmp_path / "out") == digests(whole)
+
+
+@pytest.mark.parametrize("full", ["layer-001", "made"])
+def test_a_full_disk_keeps_what_is_finished(toy_folder, items, quantized, tmp_path, monkeypatch, full):
+    real = os.fsync
+
+    def fsync(file):
+        if full in str(Path(f"/proc/self/fd/{file}").readlink()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(BudgetError, match=r"no space left .*what is finished is kept in .*\.out\.partial"):
+        awq.quantize(toy_folder, tmp_path / "out", calibration=items)
+    monkeypatch.undo()
+    report = awq.quantize(toy_folder, tmp_path / "out", calibration=items)
+    assert report.n_resumed == (1 if full == "layer-001" else 2)
+    assert digests(tmp_path / "out") == digests(quantized[0])
+
+
+def test_an_interrupted_run_leaves_only_what_it_finished(toy_folder, items, tmp_path):
     def interrupt(what, done, total):
-        if done == total:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         awq.quantize(toy_folder, tmp_path / "out", calibration=items, progress=interrupt)
-    assert not list(tmp_path.iterdir())
+    (partial,) = tmp_path.iterdir()
+    assert partial.name == ".out.partial"
+    assert {path.name.partition(".")[0] for path in partial.iterdir()} == {"calibration", "key", "layer-000", "lock"}
+
+
+def test_the_report_tells_where_time_and_memory_went(quantized):
+    report = quantized[1]
+    assert set(report.seconds) >= {"summing", "loading", "calibration", "moments", "search", "writing"}
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+    assert report.device_bytes is None
+    assert report.host_bytes > 50_000_000
+    assert f"host memory {report.host_bytes / 1e9:.2f} GB" in report.summary()
+    # The bytes of the model do not depend on a clock.
+    assert "seconds" not in (quantized[0] / "provenance.json").read_text()
+
+
+PUBLISHED = Path(__file__).parent / "oracle" / "published"
+
+
+@pytest.mark.parametrize("shape", ["1.7b-base", "0.6b-base"])
+def test_what_speaking_holds_on_a_gpu_fits(shape):
+    config = read_model_config(PUBLISHED / f"config-{shape}.json")
+    gpu = torch.device("cuda")
+    place, stays, layers = _sparing(gpu), 0, 0
+    for name, size in shapes(config).items():
+        n_bytes = 2 * torch.Size(size).numel()
+        stays += n_bytes if place(name) == gpu else 0
+        layers += n_bytes if place(name) is None else 0
+    n_layers = config.talker_config.num_hidden_layers
+    cache = 2 * corpus._CACHE_VALUES
+    # Where attention has no kernel of its own it repeats a layer's keys and values for all heads, thrice in float32.
+    repeats = config.talker_config.num_attention_heads // config.talker_config.num_key_value_heads
+    attention = 3 * 2 * repeats * cache / n_layers
+    assert layers > awq._ROOM_BYTES
+    assert stays + 2 * layers / n_layers + cache + attention < 0.95 * awq.gpu_bytes(config)
+    assert awq.gpu_bytes(config) <= 2.5e9
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self._live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        made = call(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return made
+
+    def _see(self, storage):
+        key = storage._cdata
+        if key not in self._live:
+            self._live[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key):
+        self.now -= self._live.pop(key)
+
+
+def test_the_search_holds_no_more_than_a_few_layers(monkeypatch):
+    # The true proportions at an eighth of the width, with as large a part at a time and fewer scales and clips.
+    monkeypatch.setattr(awq_search, "_PART", awq_search._PART // 64)
+    monkeypatch.setattr(awq_search, "_EXPONENTS", (0.0, 0.5))
+    monkeypatch.setattr(awq_search, "_CLIPS", (1.0, 0.9))
+    config = read_model_config(PUBLISHED / "config-1.7b-base.json").talker_config
+    narrow = dataclasses.replace(
+        config, hidden_size=256, intermediate_size=768, num_attention_heads=2, num_key_value_heads=1
+    )
+    torch.manual_seed(0)
+    layer = DecoderLayer(narrow).requires_grad_(requires_grad=False)
+    moments = moments_of(layer)
+    n_bytes = sum(one.nbytes for one in layer.parameters())
+    given = n_bytes + sum(one.second.nbytes for one in moments.values())
+    with Held() as held:
+        search_layer(layer, moments, torch.bfloat16)
+    assert given + held.peak < awq._GPU_LAYERS * n_bytes
 
 
 def test_quantizing_twice_is_refused(quantized, items, tmp_path):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -245,7 +245,7 @@ def test_an_existing_output_is_never_overwritten_by_quantize(capsys, toy_folder,
     assert "exists already" in told
 
 
-def test_ctrl_c_leaves_nothing_half_written(toy_folder, recording, tmp_path):
+def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(toy_folder, recording, tmp_path):
     folder = shutil.copytree(toy_folder, tmp_path / "model")
     rows = [{"text": f"Sentence number {n}.", "audio": str(recording)} for n in range(400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -254,15 +254,51 @@ def test_ctrl_c_leaves_nothing_half_written(toy_folder, recording, tmp_path):
     running = subprocess.Popen(
         [sys.executable, "-m", "quaver", *asked],
         stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         # A test run in a shell's background inherits that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert running.stderr is not None
-    # The first line comes when the recordings are encoded: the search over the layers is next.
     assert b"encoding recordings: 400/400" in running.stderr.readline()
+    # Once they are kept, the search over the layers is next.
+    while not list(tmp_path.glob(".out.partial/calibration.*.safetensors")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
     running.send_signal(signal.SIGINT)
     _, told = running.communicate(timeout=60)
     assert running.returncode == 130, told
     assert b"nothing half-written" in told
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert b".out.partial: the same command goes on from there" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, ".out.partial"])
+
+
+def test_say_tells_of_speech_that_never_ends(capsys, toy_folder, recording, tmp_path):
+    out = tmp_path / "out.wav"
+    spoken = (
+        "say",
+        toy_folder,
+        "Hello there, you.",
+        "--voice",
+        recording,
+        "-o",
+        out,
+        "--language",
+        "english",
+        "--json",
+    )
+    reasons = {}
+    for seed in range(6):
+        for name, more in (("raw", ("--no-guard", "--max-seconds", "8")), ("cut", ()), ("again", ("--retries", "1"))):
+            code, text, _ = run(capsys, *spoken, "--seed", str(seed), *more)
+            assert code == 0
+            reasons.setdefault(seed, {})[name] = json.loads(text)["finish_reasons"][0]
+    assert {told["cut"] for told in reasons.values()} == {"stop", "runaway-trimmed"}
+    for told in reasons.values():
+        assert told["raw"] in ("stop", "length")
+        assert told["again"] == "stop" if told["cut"] == "stop" else told["again"].startswith("runaway-")
+    code, _, told = run(capsys, *spoken, "--retries", "1", "--no-guard")
+    assert code == 2 and "--retries needs the guard" in told
+    code, _, told = run(capsys, *spoken, "--retries", "1", "--stream")
+    assert code == 2 and "cannot be tried again" in told
+    code, _, told = run(capsys, *spoken, "--retries", "-1")
+    assert code == 2 and "retries is -1" in told

@@ -12,6 +12,7 @@ import toy
 from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine, Knobs
 from quaver.errors import RecipeError, VoiceError
+from quaver.guard import Guard, length
 from quaver.model.tts import TTS, Utterance
 from quaver.provenance import Step
 from quaver.sampling import ENDED, Sampling, distribution
@@ -66,14 +67,14 @@ def test_rows_stop_by_themselves(toy_tts):
     engine = Engine(toy_tts)
     prompts = [toy_tts.prompt(replace(HELLO, text=text)) for text in ("One.", "Two, three.", "Four.")]
     knobs = Knobs(Sampling(temperature=2.0, top_k=0), Sampling(), 40)
-    steps = torch.stack(list(engine.frames(prompts, [1, 2, 3], knobs)))
+    steps = torch.stack([frame.codes for frame in engine.frames(prompts, [1, 2, 3], knobs)])
     lengths = (steps[:, :, 0] != ENDED).sum(0)
     assert len(set(lengths.tolist())) > 1
-    for row, length in enumerate(lengths):
-        assert (steps[:length, row] >= 0).all()
-        assert (steps[length:, row] == ENDED).all()
-        assert length >= 2
-        assert torch.equal(engine.codes([prompts[row]], [row + 1], knobs)[0], steps[:length, row])
+    for row, n_frames in enumerate(lengths):
+        assert (steps[:n_frames, row] >= 0).all()
+        assert (steps[n_frames:, row] == ENDED).all()
+        assert n_frames >= 2
+        assert torch.equal(engine.codes([prompts[row]], [row + 1], knobs)[0], steps[:n_frames, row])
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 3, 4, 20, 50])
@@ -196,3 +197,88 @@ def test_forcing_rows_of_any_length_is_forcing_each(engine):
         assert logits.talker.shape == (len(frames) + 1, 1088)
         assert torch.allclose(alone.talker, logits.talker, atol=1e-4)
         assert torch.allclose(alone.residual, logits.residual, atol=1e-4)
+
+
+LONG = Knobs(Sampling(), Sampling(penalty=1.0), 200)
+RUNS, STOPS = 0, 1
+"""Seeds with which the toy goes on beyond what the text can take, and with which it ends by itself."""
+
+
+def test_stop_probabilities_are_those_of_forced_speech(toy_tts):
+    engine, knobs = Engine(toy_tts), replace(GREEDY, sampling=Sampling(temperature=2.0))
+    prompts = [toy_tts.prompt(HELLO), toy_tts.prompt(replace(HELLO, text="Two words, or four."))]
+    frames = list(engine.frames(prompts, [1, 2], knobs))
+    for row, prompt in enumerate(prompts):
+        codes = torch.stack([frame.codes[row] for frame in frames])
+        codes = codes[codes[:, 0] != ENDED]
+        stop = torch.stack([frame.stop[row] for frame in frames])[: len(codes)]
+        expected = toy_tts.force([prompt], [codes])[0].talker[:-1].softmax(-1)[:, toy.STOP_ID]
+        assert torch.allclose(stop, expected, atol=1e-6)
+
+
+def test_healthy_speech_is_the_same_with_a_guard_and_without(toy_tts):
+    engine = Engine(toy_tts)
+    healthy = replace(HELLO, seed=STOPS)
+    plain, guarded = engine.say(healthy, LONG, guard=None), engine.say(healthy, LONG)
+    assert plain.finish_reasons == guarded.finish_reasons == ("stop",)
+    assert np.array_equal(plain.audio.samples, guarded.audio.samples)
+
+
+def test_speech_that_never_ends_is_cut_and_told(toy_tts):
+    engine = Engine(toy_tts)
+    endless = replace(HELLO, seed=RUNS)
+    times = length(endless)
+    plain, cut = engine.say(endless, LONG, guard=None), engine.say(endless, LONG)
+    assert plain.n_frames > times.most
+    assert cut.finish_reasons == ("runaway-trimmed",)
+    assert cut.n_frames <= times.late
+    # The last 5 ms are faded.
+    same = cut.n_frames * 1920 - 120
+    assert len(cut.audio.samples) == cut.n_frames * 1920
+    assert np.abs(cut.audio.samples[:same] - plain.audio.samples[:same]).max() < 1e-5
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 4, 12, 100])
+def test_a_stream_that_never_ends_begins_as_the_whole_and_ends_as_soon(toy_tts, chunk_frames):
+    engine = Engine(toy_tts)
+    endless = replace(HELLO, seed=RUNS)
+    whole = engine.say(endless, LONG)
+    chunks = list(engine.speak(endless, LONG, chunk_frames=chunk_frames))
+    joined = np.concatenate([chunk.audio.samples for chunk in chunks])
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["runaway-trimmed"]
+    assert whole.n_frames <= sum(chunk.n_frames for chunk in chunks) <= length(endless).most
+    same = len(whole.audio.samples) - 120
+    assert np.abs(joined[:same] - whole.audio.samples[:same]).max() < 1e-5
+    if chunk_frames == 100:
+        assert len(joined) == len(whole.audio.samples)
+
+
+def test_a_sentence_is_tried_again_with_the_next_seed(toy_tts):
+    engine = Engine(toy_tts)
+    endless = replace(HELLO, seed=RUNS)
+    speech = engine.say(endless, LONG, guard=Guard(retries=1))
+    again = engine.say(replace(HELLO, seed=RUNS + 1), LONG)
+    assert speech.finish_reasons == ("runaway-retried",) and again.finish_reasons == ("stop",)
+    assert np.array_equal(speech.audio.samples, again.audio.samples)
+
+
+def test_where_no_seed_ends_the_first_is_cut(engine):
+    seeds = (0, 1)
+    for seed in seeds:
+        assert engine.say(replace(HELLO, seed=seed), LONG).finish_reasons == ("runaway-trimmed",)
+    first = engine.say(replace(HELLO, seed=seeds[0]), LONG)
+    tried = engine.say(replace(HELLO, seed=seeds[0]), LONG, guard=Guard(retries=1))
+    assert tried.finish_reasons == ("runaway-trimmed",)
+    assert np.array_equal(tried.audio.samples, first.audio.samples)
+
+
+def test_what_was_sent_cannot_be_tried_again(engine):
+    with pytest.raises(RecipeError, match="retries is 1: sound that was sent"):
+        engine.speak(HELLO, SHORT, guard=Guard(retries=1))
+
+
+def test_codes_are_the_models_own(toy_tts):
+    """Calibration, validation and the benches ask for codes: no guard is in their way."""
+    engine = Engine(toy_tts)
+    codes = engine.codes([toy_tts.prompt(HELLO)], [RUNS], LONG)[0]
+    assert len(codes) > length(HELLO).most

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy
-from quaver import awq, cli, export
+from quaver import cli, export
 from quaver.checkpoint import Checkpoint, Step
 from quaver.errors import CheckpointError, RecipeError
 from quaver.int4 import Int4Linear, Int4Weight
 from quaver.model.layers import GROUPS
-from quaver.model.tts import TTS
+from quaver.model.tts import LAYERS, TTS
 from quaver.provenance import walk
 from quaver.verify import verify
 
@@ -127,7 +127,7 @@ def test_the_patterns_keep_every_linear_but_the_talkers(int4, form):
     kept = {name for name in linears | talkers if any(re.match(pattern, name) for pattern in patterns)}
     assert kept == linears
     assert talkers == {
-        f"{awq.LAYERS}.{index}.{linear}"
+        f"{LAYERS}.{index}.{linear}"
         for index in range(int4.config.talker_config.num_hidden_layers)
         for group in GROUPS
         for linear in group.linears

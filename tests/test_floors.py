@@ -10,9 +10,23 @@ import quaver
 
 ROOT = Path(quaver.__file__).parent
 FLOORS = (
-    ("errors", "config", "provenance", "checkpoint", "files", "audio", "text", "voice", "report", "plots"),
-    ("sampling", "int4", "model"),
-    ("kernels", "frame", "engine"),
+    (
+        "errors",
+        "config",
+        "provenance",
+        "checkpoint",
+        "files",
+        "partial",
+        "meter",
+        "audio",
+        "text",
+        "scripts",
+        "voice",
+        "report",
+        "plots",
+    ),
+    ("sampling", "int4", "int8", "recorded", "model"),
+    ("kernels", "frame", "guard", "engine"),
     (
         "ledger",
         "plan",
@@ -21,6 +35,11 @@ FLOORS = (
         "corpus",
         "awq",
         "awq_search",
+        "stack",
+        "stream",
+        "recipe",
+        "mixed",
+        "budget",
         "blend",
         "export",
         "comparison",

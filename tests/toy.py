@@ -11,6 +11,7 @@ from quaver import awq
 from quaver.awq_search import nearest
 from quaver.checkpoint import Checkpoint, Step
 from quaver.model.layers import GROUPS
+from quaver.model.tts import LAYERS
 from random_model import random_checkpoint
 
 N_CODES = 64
@@ -138,7 +139,7 @@ def rounded(source: str | Path, out: Path) -> Checkpoint:
     """``source`` with its talker's linears rounded to INT4, written to the new folder ``out``: quick to make."""
     checkpoint = Checkpoint.open(source)
     linears = {
-        f"{awq.LAYERS}.{index}.{linear}"
+        f"{LAYERS}.{index}.{linear}"
         for index in range(checkpoint.config.talker_config.num_hidden_layers)
         for group in GROUPS
         for linear in group.linears

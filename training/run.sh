@@ -14,6 +14,8 @@ work=$1 end=$(($(date +%s) + $2)) voice=src/quaver/voices/tiny begun=training/be
 first=$voice/speech_tokenizer/model.safetensors
 toy=${TOY:+--toy} logs=$work/logs
 mkdir -p "$logs"
+# What the export at the very end asks: better told now.
+python3 -c "from importlib import metadata; metadata.version('quaver')"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 left() { echo $((end - $(date +%s) - $1)); }

@@ -589,7 +589,8 @@ class Trainer:
                 text = e.words[int(e.text[clip])]
                 voice = Voice(name=e.names[int(e.speaker[clip])], speaker=vector)
                 prompts.append(engine.tts.prompt(Utterance(text, "english", voice, layout=layout)))
-            frames = list(engine.frames(prompts, list(range(n))[: len(prompts)], Knobs(sampling, sampling, limit)))
+            steps = engine.frames(prompts, list(range(n))[: len(prompts)], Knobs(sampling, sampling, limit))
+            frames = [step.codes for step in steps]
         codes = torch.stack(frames, dim=1).cpu()
         n_said = (codes[..., 0] != ENDED).sum(1)
         ratio = n_said.double() / torch.from_numpy(e.n_frames[clips])

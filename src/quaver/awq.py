@@ -1,41 +1,51 @@
 """Activation-aware INT4 quantization of the talker's linears, layer by layer, as one verb.
 
 Each layer is searched (see awq_search) on what the quantized layers before it give for the calibration utterances. One
-layer at a time is held in float32.
+layer at a time is on the device, in float32; the utterances wait in host memory. What is finished, the calibration and
+each layer, is kept beside the output until that is whole (see partial), so that a run that was killed goes on. `Work`
+is that walk, whatever else becomes of the model: a recipe (see mixed) goes by it too.
 """
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quaver import corpus
 from quaver.awq_search import GroupReport, LayerSearch, Moment, search_layer
-from quaver.checkpoint import Checkpoint
+from quaver.checkpoint import Checkpoint, Edit
+from quaver.config import ModelConfig
 from quaver.corpus import Item, Progress
 from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_new
 from quaver.int4 import GROUP, require_shape
+from quaver.meter import Meter, host_bytes, limited
 from quaver.model.layers import GROUPS, Decoder, DecoderLayer
-from quaver.model.tts import TTS
+from quaver.model.tts import LAYERS, TTS, require_device
+from quaver.partial import Partial
 from quaver.provenance import Step
+from quaver.stack import Stack, Store
+from quaver.stream import Stream
 
-LAYERS = "talker.model.layers"
 KEPT = ("talker.code_predictor", "talker.codec_head", "talker.text_projection", "speaker_encoder")
 """Prefixes of the linears that stay as they are (``modules_to_not_convert``)."""
 
 Search = Callable[[DecoderLayer, Mapping[str, Moment], torch.dtype], LayerSearch]
 """Finds the INT4 weights of a float32 layer from its inputs' moments and the type its norms are stored in."""
 
-_BATCH_POSITIONS = 4096
+_ROOM_BYTES = 250_000_000
+"""Larger talkers speak with their layers visiting the device."""
+_GPU_BYTES = 2_400_000_000
+_GPU_LAYERS = 12
+"""What may be held on a GPU: as many bytes, or as many layers in float32 where those are more."""
+_CALIBRATION = "calibration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +79,37 @@ class LayerReport:
         return sum(group.loss for group in self.groups)
 
 
-@dataclass(frozen=True, slots=True)
-class AwqReport:
-    """What quantizing did: every layer's choices, what absorbed scales, the calibration set, the time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What quantizing took: calibration, bytes of all tensors before and after, time and memory.
+
+    ``seconds`` has the stages of this run; ``n_resumed`` layers an earlier one had finished. ``device_bytes`` is the
+    most that PyTorch held on a GPU, ``host_bytes`` the most that was resident in this process, mapped files and
+    libraries included.
+    """
+
+    n_utterances: int
+    calibration_sha256: str | None
+    tensor_bytes: tuple[int, int]
+    n_resumed: int
+    seconds: Mapping[str, float]
+    device_bytes: int | None
+    host_bytes: int | None
+
+    def took(self) -> Iterator[str]:
+        """What an earlier run had finished, the seconds by stage and the peaks of memory, in words."""
+        if self.n_resumed:
+            yield f"{self.n_resumed} of these layers finished earlier"
+        split = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        yield f"{sum(self.seconds.values()):.0f} s ({split})"
+        for place, n_bytes in (("GPU", self.device_bytes), ("host", self.host_bytes)):
+            if n_bytes is not None:
+                yield f"{place} memory {n_bytes / 1e9:.2f} GB at most"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwqReport(Report):
+    """What quantizing the talker did: every layer's choices, and what absorbed scales.
 
     ``absorbed`` names each norm, and each linear before it was rounded, whose weight was divided by scales, with the
     least and the largest of them.
@@ -79,12 +117,7 @@ class AwqReport:
 
     layers: tuple[LayerReport, ...]
     absorbed: Mapping[str, tuple[float, float]]
-    n_utterances: int
     n_positions: int
-    calibration_sha256: str
-    calibration_s: float
-    search_s: float
-    tensor_bytes: tuple[int, int]
 
     @property
     def loss_nearest(self) -> float:
@@ -103,13 +136,19 @@ class AwqReport:
     def summary(self) -> str:
         """One line for a person."""
         before, after = (n_bytes / 1e6 for n_bytes in self.tensor_bytes)
-        share = self.loss / self.loss_nearest if self.loss_nearest else 1.0
-        error = f"output error {100 * share:.0f} % of that of rounding to nearest"
-        calibration = f"{self.n_utterances} utterances, {self.n_positions} positions"
-        seconds = f"{self.calibration_s:.0f} s to make them, {self.search_s:.0f} s to search"
-        return (
-            f"{len(self.layers)} layers in INT4, {before:.1f} MB to {after:.1f} MB; {error}; {calibration}; {seconds}"
-        )
+        told = [
+            int4_layers(self.layers),
+            f"{before:.1f} MB to {after:.1f} MB",
+            f"{self.n_utterances} utterances, {self.n_positions} positions",
+        ]
+        return "; ".join([*told, *self.took()])
+
+
+def int4_layers(layers: Sequence[LayerReport]) -> str:
+    """How many ``layers`` are in INT4 and how near they came, in words."""
+    after, nearest = sum(one.loss for one in layers), sum(one.loss_nearest for one in layers)
+    share = after / nearest if nearest else 1.0
+    return f"{len(layers)} layers in INT4, output error {100 * share:.0f} % of that of rounding to nearest"
 
 
 def quantize(
@@ -125,75 +164,79 @@ def quantize(
 ) -> AwqReport:
     """Writes ``source`` with its talker's linears in INT4 to the new folder ``out``, and reports.
 
-    ``calibration`` is a JSON-lines file (see corpus.load) or items; by default the model speaks texts of its own.
-    ``search`` is what happens in one layer: a benchmark puts its rivals there.
+    ``calibration`` is a JSON-lines file (see corpus.load) or items; by default the model speaks texts of its own, with
+    its floats in ``dtype``. ``search`` is what happens in one layer: a benchmark puts its rivals there.
     Layer by layer, each calibrated on what the quantized layers before it give. Everything else stays bit-equal but
-    the norms that absorbed scales. Raises CheckpointError for a model that is quantized already or does not fit the
-    format, before any work; whatever is interrupted leaves nothing behind.
+    the norms that absorbed scales. A run that was interrupted goes on from its finished layers when it is asked for
+    again, to the same bytes. Raises CheckpointError for a model that is quantized already or does not fit the format,
+    before any work, and what Partial.towards raises.
     """
     recipe, out = recipe or Recipe(), check_new(out)
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    _check(checkpoint)
-    start = time.perf_counter()
-    tts = TTS.load(checkpoint, device=device, dtype=dtype)
-    if calibration is None:
-        items: Sequence[Item] = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, progress=progress)
-    elif isinstance(calibration, str | Path):
-        items = corpus.load(tts, calibration, recipe.n_samples, progress)
-    else:
-        items = calibration[: recipe.n_samples]
-    if not items:
-        raise RecipeError(f"{calibration} holds no utterance: at least one is needed to calibrate")
-    rows = talker_inputs(tts, items, recipe.n_positions)
-    calibrated = time.perf_counter()
-    layers, tensors, absorbed = _quantize_layers(tts, rows, search, progress)
-    searched = time.perf_counter()
-    digest = corpus.fingerprint(items)
-    result = {
-        "calibration_sha256": digest,
-        "calibration_utterances": len(rows),
-        "calibration_positions": sum(map(len, rows)),
-        "absorbed": {name: list(ends) for name, ends in absorbed.items()},
-        "loss_nearest": sum(layer.loss_nearest for layer in layers),
-        "loss": sum(layer.loss for layer in layers),
-    }
-    saved = checkpoint.edit(
-        Step("quantize", {**asdict(recipe), "method": "awq"}, result=result),
-        lambda name, tensor: tensors.get(name, {name: tensor}),
-        {"quantization_config": settings()},
-    ).save(out)
+    n_layers = checkpoint.config.talker_config.num_hidden_layers
+    require_plain(checkpoint)
+    require_stack(checkpoint, LAYERS, range(n_layers))
+    talker = talker_stack(checkpoint.config, ["int4"] * n_layers)
+    with Work.towards(
+        out, checkpoint, recipe, calibration, [talker], device=device, dtype=dtype, search=search, progress=progress
+    ) as work:
+        heard = work.calibrate()
+        found = work.quantize(talker, heard)
+        lengths = heard.lengths[talker.name]
+        result = {
+            "calibration_sha256": heard.sha256,
+            "calibration_utterances": len(lengths),
+            "calibration_positions": sum(lengths),
+            "absorbed": {name: list(ends) for name, ends in found.absorbed.items()},
+            "loss_nearest": sum(layer.loss_nearest for layer in found.layers),
+            "loss": sum(layer.loss for layer in found.layers),
+        }
+        saved = work.write(
+            Step("quantize", {**asdict(recipe), "method": "awq"}, result=result),
+            work.replacing([found]),
+            {"quantization_config": settings()},
+        )
     sizes = tuple(sum(spec.n_bytes for spec in one.specs.values()) for one in (checkpoint, saved))
     return AwqReport(
-        layers=layers,
-        absorbed=absorbed,
-        n_utterances=len(rows),
-        n_positions=sum(map(len, rows)),
-        calibration_sha256=digest,
-        calibration_s=calibrated - start,
-        search_s=searched - calibrated,
+        layers=found.layers,
+        absorbed=found.absorbed,
+        n_utterances=heard.n_utterances,
+        n_positions=sum(lengths),
+        calibration_sha256=heard.sha256,
         tensor_bytes=(sizes[0], sizes[1]),
+        n_resumed=found.n_resumed,
+        seconds=work.meter.seconds,
+        device_bytes=work.meter.device_bytes,
+        host_bytes=host_bytes(),
     )
 
 
-def settings() -> dict[str, Any]:
-    """``quantization_config`` of what this module writes."""
+def settings(kept: Sequence[str] = KEPT) -> dict[str, Any]:
+    """``quantization_config`` of a model with its linears in AWQ INT4 but for those that ``kept`` names."""
     return {
         "quant_method": "awq",
         "version": "gemm",
         "bits": 4,
         "group_size": GROUP,
         "zero_point": True,
-        "modules_to_not_convert": list(KEPT),
+        "modules_to_not_convert": list(kept),
     }
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    if checkpoint.config.quantization_config is not None:
+def require_plain(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a model that is quantized already, or has edits that no file holds."""
+    if checkpoint.edits:
+        raise CheckpointError(f"{checkpoint.path} has edits that are not saved: save it, and quantize what was saved")
+    if checkpoint.config.quantization_config is not None or checkpoint.config.quaver is not None:
         raise CheckpointError(f"{checkpoint.path} is quantized already: quantize the model it was made from")
-    for index in range(checkpoint.config.talker_config.num_hidden_layers):
+
+
+def require_stack(checkpoint: Checkpoint, prefix: str, indices: Iterable[int]) -> None:
+    """Raises CheckpointError, naming the tensor, unless the decoder layers ``prefix.index`` can be INT4."""
+    for index in indices:
         for group in GROUPS:
             for linear in group.linears:
-                name = f"{LAYERS}.{index}.{linear}.weight"
+                name = f"{prefix}.{index}.{linear}.weight"
                 if name not in checkpoint.specs:
                     raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
                 shape = checkpoint.specs[name].shape
@@ -204,123 +247,220 @@ def _check(checkpoint: Checkpoint) -> None:
                 require_shape(name, *shape)
 
 
+def gpu_bytes(config: ModelConfig) -> int:
+    """The most that quantizing a model of ``config`` takes of a GPU's memory, the driver's own aside."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config.talker_config)
+    return max(_GPU_BYTES, _GPU_LAYERS * sum(4 * one.numel() for one in layer.parameters()))
+
+
+def calibration_items(
+    tts: TTS, recipe: Recipe, calibration: str | Path | Sequence[Item] | None, progress: Progress | None
+) -> Sequence[Item]:
+    """The utterances to calibrate on: of a JSON-lines file, those given, or by default the model's own speech.
+
+    Raises RecipeError when there is none.
+    """
+    if calibration is None:
+        items: Sequence[Item] = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, progress=progress)
+    elif isinstance(calibration, str | Path):
+        items = corpus.load(tts, calibration, recipe.n_samples, progress)
+    else:
+        items = calibration[: recipe.n_samples]
+    if not items:
+        raise RecipeError(f"{calibration} holds no utterance: at least one is needed to calibrate")
+    return items
+
+
 @torch.inference_mode()
 def talker_inputs(tts: TTS, items: Sequence[Item], n_positions: int) -> list[Tensor]:
     """What the talker's first layer reads for each item: prompt and frames [P + T, D], cut at ``n_positions``."""
-    return [tts.inputs(tts.prompt(item.utterance), item.codes)[:n_positions].float() for item in items]
+    return [tts.inputs(tts.prompt(item.utterance), item.codes)[:n_positions].cpu() for item in items]
+
+
+def talker_stack(config: ModelConfig, stored: Sequence[Store]) -> Stack:
+    """The talker's layers, ``stored`` one by one."""
+    return Stack("layer", LAYERS, config.talker_config, stored, talker_inputs)
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Streams of like length, ``x`` [B, T, D] float32, and which positions are real, ``mask`` [B, T]."""
+class Calibration:
+    """A calibration set that was heard: its fingerprint, how many utterances, and by stack how long the inputs are.
 
-    x: Tensor
-    mask: Tensor
+    Where no layer becomes INT4 there is none: None, 0 and nothing.
+    """
+
+    sha256: str | None
+    n_utterances: int
+    lengths: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of a stack's INT4 layers: their reports, what absorbed which scales, and how many were there already.
+
+    ``places`` has, for each stored tensor that gives way, the piece and the tensors there that take its place.
+    """
+
+    layers: tuple[LayerReport, ...]
+    absorbed: Mapping[str, tuple[float, float]]
+    places: Mapping[str, tuple[str, Sequence[str]]]
+    n_resumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A model on its way to being quantized: calibrate, quantize each stack, write."""
+
+    out: Path
+    checkpoint: Checkpoint
+    recipe: Recipe
+    calibration: str | Path | Sequence[Item] | None
+    stacks: Sequence[Stack]
+    device: torch.device
+    dtype: torch.dtype | None
+    search: Search
+    progress: Progress | None
+    partial: Partial
+    meter: Meter
 
     @classmethod
-    def of(cls, rows: Sequence[Tensor]) -> list[Batch]:
-        """``rows``, [T, D] each, shortest first, in batches that fit in little memory."""
-        batches: list[list[Tensor]] = [[]]
-        for row in sorted(rows, key=len):
-            if batches[-1] and (len(batches[-1]) + 1) * len(row) > _BATCH_POSITIONS:
-                batches.append([])
-            batches[-1].append(row)
-        padded = []
-        for batch in batches:
-            lengths = torch.tensor([len(row) for row in batch], device=batch[0].device)
-            x = nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            padded.append(cls(x, torch.arange(x.shape[1], device=x.device) < lengths[:, None]))
-        return padded
+    @contextmanager
+    def towards(
+        cls,
+        out: Path,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        calibration: str | Path | Sequence[Item] | None,
+        stacks: Sequence[Stack],
+        *,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        progress: Progress | None,
+        search: Search = search_layer,
+    ) -> Iterator[Work]:
+        """The work towards the new folder ``out``; what an earlier run of the same has finished is taken.
 
+        While open, a GPU is held to `gpu_bytes`. Raises what Partial.towards raises.
+        """
+        device = require_device(device)
+        meter = Meter(device)
+        with meter.stage("summing"):
+            key = _key(checkpoint, recipe, calibration, stacks, search, device, dtype)
+        with limited(device, gpu_bytes(checkpoint.config)), Partial.towards(out, key) as partial:
+            yield cls(out, checkpoint, recipe, calibration, stacks, device, dtype, search, progress, partial, meter)
 
-class Stream:
-    """Runs one layer after the other over the calibration batches."""
+    def calibrate(self) -> Calibration:
+        """Has the calibration set spoken or encoded, and keeps what the stacks with INT4 layers read first.
 
-    def __init__(self, decoder: Decoder, rows: Sequence[Tensor]) -> None:
-        self.batches = Batch.of(rows)
-        longest = max(batch.x.shape[1] for batch in self.batches)
-        positions = torch.arange(longest, device=self.batches[0].x.device)[None]
-        self._rotaries = [decoder.rotary(positions[:, : batch.x.shape[1]], torch.float32) for batch in self.batches]
+        Without such a stack the model is loaded all the same, which checks every tensor.
+        """
+        note = self.partial.note(_CALIBRATION)
+        if note is None:
+            with self.meter.stage("loading"):
+                tts = TTS.load(self.checkpoint, device=self.device, dtype=self.dtype, room_bytes=_ROOM_BYTES)
+            stacks = [stack for stack in self.stacks if stack.int4]
+            if not stacks:
+                return Calibration(None, 0, {})
+            with self.meter.stage("calibration"):
+                items = calibration_items(tts, self.recipe, self.calibration, self.progress)
+                # One tensor a stack: reading hundreds takes longer, and turns a Ctrl-C into an error of the library's.
+                tensors, lengths = {}, {}
+                for stack in stacks:
+                    rows = stack.inputs(tts, items, self.recipe.n_positions)
+                    tensors[stack.name], lengths[stack.name] = torch.cat(rows), list(map(len, rows))
+                note = {"sha256": corpus.fingerprint(items), "n_utterances": len(items), "lengths": lengths}
+                self.partial.keep(_CALIBRATION, tensors, note)
+        return Calibration(**note)
 
-    def advance(self, layer: DecoderLayer) -> None:
-        """Every batch goes through ``layer``; padding never reaches a real position, which see only earlier ones."""
-        self.batches = [
-            Batch(layer(batch.x, rotary), batch.mask)
-            for batch, rotary in zip(self.batches, self._rotaries, strict=True)
-        ]
-
-    def observe(self, layer: DecoderLayer) -> dict[str, Moment]:
-        """The moments of each group's inputs in ``layer``, by the group's name; the stream stays where it is."""
-        sums: dict[str, Moment] = {}
-        n_positions = sum(int(batch.mask.sum()) for batch in self.batches)
-        for batch, rotary in zip(self.batches, self._rotaries, strict=True):
-            with _listening(layer, batch.mask, sums):
-                layer(batch.x, rotary)
-        return {name: Moment(one.second / n_positions, one.size / n_positions) for name, one in sums.items()}
-
-
-@contextmanager
-def _listening(layer: DecoderLayer, mask: Tensor, sums: dict[str, Moment]) -> Iterator[None]:
-    """While open, adds what each group's linears read at real positions to ``sums``."""
-
-    def listen(name: str, x: Tensor) -> None:
-        real = x[mask]
-        if name not in sums:
-            size = real.shape[1]
-            sums[name] = Moment(real.new_zeros(size, size), real.new_zeros(size))
-        sums[name].second.addmm_(real.T, real)
-        sums[name].size.add_(real.abs().sum(0))
-
-    handles = [
-        layer.get_submodule(group.linears[0]).register_forward_pre_hook(
-            lambda _, inputs, name=group.name: listen(name, inputs[0])
+    @torch.no_grad()
+    def quantize(self, stack: Stack, heard: Calibration) -> Found:
+        """Finishes every INT4 layer of ``stack``, each kept as a piece."""
+        pieces = {index: stack.piece(index) for index in stack.int4}
+        todo = [index for index, piece in pieces.items() if self.partial.note(piece) is None]
+        if todo:
+            with torch.device("meta"):
+                decoder = Decoder(stack.config)
+            inputs = self.partial.tensors(_CALIBRATION, [stack.name])[stack.name]
+            stream = Stream(decoder, torch.split(inputs, list(heard.lengths[stack.name])), self.device)
+            for index in range(todo[-1] + 1):
+                if index in todo:
+                    self._finish(stack, index, stream)
+                if index < todo[-1]:
+                    # From what was kept alone, so that it makes no difference whether this run found it.
+                    with self.meter.stage("reading"):
+                        kept = self.partial.tensors(pieces[index]) if index in pieces else {}
+                        layer = stack.as_stored(self.checkpoint, index, self.device, kept)
+                    with self.meter.stage("running"):
+                        stream.advance(layer)
+                    del layer
+                if self.progress:
+                    self.progress(f"quantizing {stack.name}s", index + 1, stack.int4[-1] + 1)
+        notes = {index: self.partial.note(piece) for index, piece in pieces.items()}
+        return Found(
+            layers=tuple(
+                LayerReport(index, tuple(GroupReport(**group) for group in note["groups"]))
+                for index, note in notes.items()
+            ),
+            absorbed={name: (low, high) for note in notes.values() for name, (low, high) in note["absorbed"].items()},
+            places={
+                name: (pieces[index], names)
+                for index, note in notes.items()
+                for name, names in note["gives_way"].items()
+            },
+            n_resumed=len(pieces) - len(todo),
         )
-        for group in GROUPS
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def replacing(self, found: Iterable[Found]) -> Edit:
+        """The edit that puts what was kept of each layer in the place of what gives way to it."""
+        places = {name: place for one in found for name, place in one.places.items()}
+
+        def edit(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+            return self.partial.tensors(*places[name]) if name in places else {name: tensor}
+
+        return edit
+
+    def write(self, step: Step, edit: Edit, settings: Mapping[str, Any], *, codec: Edit | None = None) -> Checkpoint:
+        """Writes the edited model (see Checkpoint.edit) and opens it; nothing else is left."""
+        with self.meter.stage("writing"):
+            # Inside the folder of the pieces: what a kill leaves half-written there is cleared by the next run.
+            made = self.partial.folder / "made"
+            self.checkpoint.edit(step, edit, settings, codec=codec).write(made)
+            self.partial.deliver(made, self.out)
+        return Checkpoint.open(self.out)
+
+    def _finish(self, stack: Stack, index: int, stream: Stream) -> None:
+        """Searches the layer ``index`` of ``stack`` for what ``stream`` brings, and keeps what is found."""
+        with self.meter.stage("reading"):
+            layer = stack.read(self.checkpoint, index, self.device)
+        with self.meter.stage("moments"):
+            moments = stream.observe(layer)
+        with self.meter.stage("search"):
+            found = self.search(layer, moments, stack.norm_dtype(self.checkpoint, index))
+        for stage, seconds in found.seconds.items():
+            self.meter.add(stage, seconds)
+            self.meter.add("search", -seconds)
+        with self.meter.stage("keeping"):
+            self.partial.keep(stack.piece(index), *stack.finished(self.checkpoint, index, found))
 
 
-@torch.no_grad()
-def _quantize_layers(
-    tts: TTS, rows: Sequence[Tensor], search: Search, progress: Progress | None
-) -> tuple[tuple[LayerReport, ...], dict[str, Mapping[str, Tensor]], dict[str, tuple[float, float]]]:
-    """Every layer's report, what stands in place of each tensor that changes, and what absorbed which scales."""
-    decoder, specs = tts.talker.model, tts.checkpoint.specs
-    stream = Stream(decoder, rows)
-    reports: list[LayerReport] = []
-    tensors: dict[str, Mapping[str, Tensor]] = {}
-    absorbed: dict[str, tuple[float, float]] = {}
-    for index, original in enumerate(decoder.layers):
-        assert isinstance(original, DecoderLayer)
-        layer = copy.deepcopy(original).float()
-        prefix = f"{LAYERS}.{index}"
-        dtype = specs[f"{prefix}.input_layernorm.weight"].dtype
-        found = search(layer, stream.observe(layer), dtype)
-        for linear, weight in found.weights.items():
-            name = f"{prefix}.{linear}"
-            tensors[f"{name}.weight"] = {f"{name}.{key}": value.cpu() for key, value in weight.tensors().items()}
-            found.layer.get_parameter(f"{linear}.weight").data.copy_(weight.dequantize())
-        for norm in sorted({group.before for group in GROUPS} - found.weights.keys()):
-            before = original.get_parameter(f"{norm}.weight").to(dtype)
-            stored = found.layer.get_parameter(f"{norm}.weight").data.to(dtype)
-            if not torch.equal(stored, before):
-                name = f"{prefix}.{norm}.weight"
-                tensors[name] = {name: stored.cpu()}
-                # A channel that a weight of 0 silences took no scale.
-                absorbed[name] = _ends((before.float() / stored.float())[stored != 0])
-        absorbed |= {f"{prefix}.{linear}.weight": _ends(scale) for linear, scale in found.units.items()}
-        stream.advance(found.layer)
-        reports.append(LayerReport(index, tuple(found.reports)))
-        if progress:
-            progress("quantizing layers", index + 1, len(decoder.layers))
-    return tuple(reports), tensors, absorbed
-
-
-def _ends(scale: Tensor) -> tuple[float, float]:
-    """The least and the largest of ``scale``, to six digits."""
-    low, high = (float(f"{float(end):.6g}") for end in scale.aminmax())
-    return low, high
+def _key(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: str | Path | Sequence[Item] | None, stacks: Sequence[Stack],
+    search: Search, device: torch.device, dtype: torch.dtype | None,
+) -> dict[str, Any]:  # fmt: skip
+    """All that the bytes of a layer depend on, by what a person would call it."""
+    on_gpu = device.type == "cuda"
+    return {
+        "model": [asdict(origin) for origin in checkpoint.origins()],
+        "recipe": {
+            **asdict(recipe),
+            "stored": {stack.prefix: list(stack.stored) for stack in stacks},
+            "dtype": str(dtype),
+            "search": f"{search.__module__}.{search.__qualname__}",
+        },
+        "calibration set": corpus.identity(calibration),
+        "version of quaver": metadata.version("quaver"),
+        # A sum of floats depends on who adds them up.
+        "version of PyTorch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+    }

@@ -14,6 +14,7 @@ all calibration positions at once, and no input need be kept. Shapes: O outputs,
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from quaver.int4 import GROUP, LEVELS, Int4Weight, representable
 from quaver.model.layers import GROUPS, DecoderLayer, Group
+from quaver.recorded import Recorded
 
 _EXPONENTS = tuple(index / 20 for index in range(20))
 _CLIPS = tuple(1 - 0.025 * index for index in range(20))
@@ -29,6 +31,8 @@ _RANGES = (1.0, 0.9)
 """Shares of their ranges to which all groups of a row may be narrowed alike, beside what the search for clips finds."""
 _ROUNDS = 2
 _DAMPING = 0.05
+_PART = 1 << 23
+"""Values that are held in float32 at a time where nothing but memory asks for parts."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -90,7 +94,11 @@ class Feedback:
         factor, failed = torch.linalg.cholesky_ex(moment)
         if int(failed):
             return None
-        return cls(order, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(second.dtype))
+        # A matrix of this size in float64 is a tenth of the memory there is: none is held longer than it is read.
+        del moment
+        inverse = torch.cholesky_inverse(factor)
+        del factor
+        return cls(order, torch.linalg.cholesky(inverse, upper=True).to(second.dtype))
 
 
 def compensated(weight: Tensor, second: Tensor, grid: Int4Weight, feedback: Feedback) -> Int4Weight:
@@ -101,19 +109,28 @@ def compensated(weight: Tensor, second: Tensor, grid: Int4Weight, feedback: Feed
     """
     order, inverse = feedback.order, feedback.inverse
     left, values = weight[:, order], torch.empty_like(grid.values)
-    scales, zeros = (x.float().repeat_interleave(GROUP, 1)[:, order] for x in (grid.scales, grid.zeros))
+    round_block = Recorded(_compensated_block)
     for start in range(0, weight.shape[1], GROUP):
         end = start + GROUP
-        errors = torch.empty_like(left[:, start:end])
-        for i in range(start, end):
-            level = ((left[:, i] / scales[:, i]).round() + zeros[:, i]).clamp(0, LEVELS - 1)
-            values[:, i] = level.to(values.dtype)
-            error = (left[:, i] - (level - zeros[:, i]) * scales[:, i]) / inverse[i, i]
-            left[:, i:end] -= torch.outer(error, inverse[i, i:end])
-            errors[:, i - start] = error
+        groups, own = order[start:end] // GROUP, inverse[start:end, start:end]
+        scales, zeros = grid.scales[:, groups], grid.zeros[:, groups].float()
+        levels, errors = round_block(left[:, start:end], scales, zeros, own)
+        values[:, start:end] = levels.to(values.dtype)
         left[:, end:] -= errors @ inverse[start:end, end:]
+    del left
     found = Int4Weight(values[:, order.argsort()].contiguous(), grid.zeros, grid.scales)
     return better_rows(weight, second, grid, found)
+
+
+def _compensated_block(left: Tensor, scales: Tensor, zeros: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """The levels of 128 inputs in their order, and the errors [O, 128] that the inputs after them make up for."""
+    left, levels, errors = left.clone(), torch.empty_like(scales), torch.empty_like(scales)
+    for i in range(GROUP):
+        level, error = levels[:, i], errors[:, i]
+        torch.clamp((left[:, i] / scales[:, i]).round() + zeros[:, i], 0, LEVELS - 1, out=level)
+        torch.div(left[:, i] - (level - zeros[:, i]) * scales[:, i], inverse[i, i], out=error)
+        left[:, i:] -= torch.outer(error, inverse[i, i:])
+    return levels, errors
 
 
 def settled(weight: Tensor, second: Tensor, found: Int4Weight, n_rounds: int = _ROUNDS) -> Int4Weight:
@@ -124,20 +141,19 @@ def settled(weight: Tensor, second: Tensor, found: Int4Weight, n_rounds: int = _
     order = second.diagonal().argsort(descending=True)
     moment = second[order][:, order]
     power = moment.diagonal().clamp(min=_TINY)
-    scales, zeros = (x.float().repeat_interleave(GROUP, 1)[:, order] for x in (found.scales, found.zeros))
-    values, wanted = found.values[:, order].float(), weight[:, order]
-    slope = ((values - zeros) * scales - wanted) @ moment
+    values = found.values[:, order].float()
+    slope = (found.dequantize()[:, order] - weight[:, order]) @ moment
+    settle_block = Recorded(_settled_block)
     for _ in range(n_rounds):
         moved = False
         for start in range(0, weight.shape[1], GROUP):
             end = start + GROUP
-            own, steps = slope[:, start:end].clone(), torch.zeros_like(slope[:, start:end])
-            for i in range(start, end):
-                aim = (values[:, i] - zeros[:, i]) * scales[:, i] - own[:, i - start] / power[i]
-                level = ((aim / scales[:, i]).round() + zeros[:, i]).clamp(0, LEVELS - 1)
-                steps[:, i - start] = (level - values[:, i]) * scales[:, i]
-                values[:, i] = level
-                own += torch.outer(steps[:, i - start], moment[i, start:end])
+            groups, own = order[start:end] // GROUP, moment[start:end, start:end]
+            scales, zeros = found.scales[:, groups], found.zeros[:, groups].float()
+            levels, steps = settle_block(
+                values[:, start:end], slope[:, start:end], scales, zeros, own, power[start:end]
+            )
+            values[:, start:end] = levels
             slope += steps @ moment[start:end]
             moved = moved or bool(steps.any())
         if not moved:
@@ -146,15 +162,39 @@ def settled(weight: Tensor, second: Tensor, found: Int4Weight, n_rounds: int = _
     return better_rows(weight, second, found, after)
 
 
+def _settled_block(
+    values: Tensor, slope: Tensor, scales: Tensor, zeros: Tensor, moment: Tensor, power: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The levels of 128 inputs in their order after each has moved to its best, and by how much each did, [O, 128]."""
+    slope, levels, steps = slope.clone(), torch.empty_like(scales), torch.empty_like(scales)
+    for i in range(GROUP):
+        level, step = levels[:, i], steps[:, i]
+        aim = (values[:, i] - zeros[:, i]) * scales[:, i] - slope[:, i] / power[i]
+        torch.clamp((aim / scales[:, i]).round() + zeros[:, i], 0, LEVELS - 1, out=level)
+        torch.mul(level - values[:, i], scales[:, i], out=step)
+        slope += torch.outer(step, moment[i])
+    return levels, steps
+
+
 def better_rows(weight: Tensor, second: Tensor, first: Int4Weight, *others: Int4Weight) -> Int4Weight:
     """Of several forms of ``weight`` [O, I] for each row that of the least error; the first of them where they tie."""
-    least, best = row_errors(first.dequantize() - weight, second), first
+    least, best = _errors(first, weight, second), first
     for other in others:
-        errors = row_errors(other.dequantize() - weight, second)
+        errors = _errors(other, weight, second)
         better = (errors < least)[:, None]
         pairs = ((other.values, best.values), (other.zeros, best.zeros), (other.scales, best.scales))
         best, least = Int4Weight(*(torch.where(better, a, b) for a, b in pairs)), torch.minimum(errors, least)
     return best
+
+
+def _errors(form: Int4Weight, weight: Tensor, second: Tensor) -> Tensor:
+    """The mean squared output error [O] of ``form`` for ``weight`` [O, I], in parts that fit in little memory."""
+    n_rows, errors = max(1, _PART // weight.shape[1]), []
+    for start in range(0, len(weight), n_rows):
+        rows = slice(start, start + n_rows)
+        part = Int4Weight(form.values[rows], form.zeros[rows], form.scales[rows])
+        errors.append(row_errors(part.dequantize() - weight[rows], second))
+    return torch.cat(errors)
 
 
 def row_errors(delta: Tensor, second: Tensor) -> Tensor:
@@ -241,11 +281,11 @@ def absorbable(layer: DecoderLayer, group: Group, scale: Tensor, dtype: torch.dt
 def search_layer(layer: DecoderLayer, moments: Mapping[str, Moment], norm_dtype: torch.dtype) -> LayerSearch:
     """The best that the search finds for the float32 ``layer``; rounding to nearest should that be better after all."""
     found = LayerSearch(copy.deepcopy(layer), moments, norm_dtype)
-    found.run()
+    found.run(layer)
     if sum(report.loss for report in found.reports) <= sum(report.loss_nearest for report in found.reports):
         return found
     plain = LayerSearch(layer, moments, norm_dtype, activation_aware=False)
-    plain.run()
+    plain.run(layer)
     return plain
 
 
@@ -264,19 +304,21 @@ class LayerSearch:
     reports: list[GroupReport] = field(default_factory=list)
     # What the output rows of a linear were divided by; its errors count in the units before that.
     units: dict[str, Tensor] = field(default_factory=dict)
+    # What choosing the scales and rounding (clips and ranges included) took.
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Folds, clips and rounds every group."""
-        originals = {linear: self._weight(linear).clone() for group in GROUPS for linear in group.linears}
+    def run(self, original: DecoderLayer) -> None:
+        """Folds, clips and rounds every group, and compares with the layer as it was."""
+        start = time.perf_counter()
         # From the last group to the first: a linear's rows are settled before its columns are searched.
         chosen = {group.name: self._fold_best(group) for group in reversed(GROUPS)}
+        folded = time.perf_counter()
         for group in GROUPS:
-            self.reports.append(self._round(group, originals, *chosen[group.name]))
+            self.reports.append(self._round(group, original, *chosen[group.name]))
+        self.seconds = {"scales": folded - start, "rounding": time.perf_counter() - folded}
 
-    def _round(
-        self, group: Group, originals: Mapping[str, Tensor], alpha: float, beta: float, scale: Tensor | None
-    ) -> GroupReport:
-        """Clips and rounds the linears of a group that was folded by ``scale``, and compares with the originals."""
+    def _round(self, group: Group, layer: DecoderLayer, alpha: float, beta: float, scale: Tensor | None) -> GroupReport:
+        """Clips and rounds the linears of a group that was folded by ``scale``; compares with those of ``layer``."""
         second = self.moments[group.name].second
         inputs = Feed.of(self.layer, group).spread(scale) if scale is not None else second.new_ones(len(second))
         folded = second / torch.outer(inputs, inputs)
@@ -284,7 +326,7 @@ class LayerSearch:
         before = after = 0.0
         n_clipped = n_groups = 0
         for linear in group.linears:
-            original, weight = originals[linear], self._weight(linear)
+            original, weight = layer.get_parameter(f"{linear}.weight").data, self._weight(linear)
             self.weights[linear] = self._rounded(weight, folded, feedback)
             errors = row_errors(self.weights[linear].dequantize() - weight, folded) * self._units(linear).square()
             energy = row_errors(original, second).sum().clamp(min=_TINY)

@@ -14,6 +14,7 @@ from quaver.config import LANGUAGES
 from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_output
 from quaver.provenance import CARD, CODEC, PROVENANCE, UNKNOWN, Origin, Step, licences, model_name
+from quaver.recipe import RECIPE, readers, told
 from quaver.report import Cell, Gate, Metric, Report, Section, Table, number
 
 _RELATIONS = {"quantize": "quantized", "blend": "merge"}
@@ -84,6 +85,7 @@ def _front(checkpoint: Checkpoint) -> Iterator[str]:
     yield "tags:"
     tags = ["quaver", "qwen3-tts", config.tts_model_type.replace("_", "-")]
     tags += ["awq", "int4"] if config.quantization_config is not None else []
+    tags += ["int8"] if config.quaver is not None else []
     yield from (f"- {_yaml(tag)}" for tag in tags)
     yield "---"
 
@@ -151,8 +153,12 @@ def _numbered(steps: tuple[Step, ...]) -> list[tuple[int, Step]]:
 
 
 def _deeds(checkpoint: Checkpoint) -> str:
-    told = dict.fromkeys(_DEEDS[step.tool] for step in checkpoint.provenance.steps if step.tool in _DEEDS)
-    return "\n\n".join(told) or "No step of quaver's own changed the weights."
+    deeds = dict.fromkeys(_deed(step) for step in checkpoint.provenance.steps if step.tool in _DEEDS)
+    return "\n\n".join(deeds) or "No step of quaver's own changed the weights."
+
+
+def _deed(step: Step) -> str:
+    return told(step.recipe) if step.recipe.get("method") == RECIPE else _DEEDS[step.tool]
 
 
 def _step(numbered: tuple[int, Step]) -> Table:
@@ -216,6 +222,8 @@ def _limits(checkpoint: Checkpoint) -> Iterator[str]:
     else:
         yield "The figures are those of the run named above: with other texts, voices and languages they differ."
         yield "They compare it with its original; how good that one is they do not tell."
+    if note := readers(checkpoint.config):
+        yield f"{note[0].upper()}{note[1:]}."
     for origin in _origins(checkpoint):
         if origin.licences == (UNKNOWN,):
             yield f"The licence of {origin.name} is not recorded: find it out before you share this model."

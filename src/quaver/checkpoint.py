@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -38,6 +38,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _N_AHEAD = min(4, os.cpu_count() or 1)
+_RUN_BYTES = 1 << 27
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -78,6 +79,7 @@ class Checkpoint:
     codec_specs: Mapping[str, Spec]
     provenance: Provenance
     edits: tuple[tuple[Step, Edit], ...] = ()
+    codec_edits: tuple[Edit, ...] = ()
 
     @classmethod
     def open(cls, source: str | Path, *, codec: str | Path | None = None) -> Checkpoint:
@@ -107,11 +109,18 @@ class Checkpoint:
             provenance=provenance,
         )
 
-    def edit(self, step: Step, fn: Edit, settings: Mapping[str, Any] | None = None) -> Checkpoint:
-        """This checkpoint with ``fn`` applied to each tensor; ``settings`` replaces top-level keys of config.json."""
+    def edit(
+        self, step: Step, fn: Edit, settings: Mapping[str, Any] | None = None, *, codec: Edit | None = None
+    ) -> Checkpoint:
+        """This checkpoint with ``fn`` applied to each tensor; ``settings`` replaces top-level keys of config.json.
+
+        ``codec`` is applied to each tensor of the speech tokenizer, whose files are else copied as they are.
+        """
         merged = {**self.settings, **(settings or {})}
         config = parse(ModelConfig, merged, f"{self.path}: edited by {step.tool}: config.json")
-        return replace(self, settings=merged, config=config, edits=(*self.edits, (step, fn)))
+        codec_edits = self.codec_edits if codec is None else (*self.codec_edits, codec)
+        edits = (*self.edits, (step, fn))
+        return replace(self, settings=merged, config=config, edits=edits, codec_edits=codec_edits)
 
     def read(self, name: str) -> Tensor:
         """The stored tensor ``name``, before any edit. Raises CheckpointError when there is none."""
@@ -124,19 +133,12 @@ class Checkpoint:
 
         With ``prefix`` only those whose stored names begin with it are read.
         """
-        for name, tensor in _stream({name: spec for name, spec in self.specs.items() if name.startswith(prefix)}):
-            yield from self._edited(name, tensor, 0)
+        specs = {name: spec for name, spec in self.specs.items() if name.startswith(prefix)}
+        return _edited(_stream(specs), [fn for _, fn in self.edits])
 
     def codec_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor's name and value of the speech tokenizer."""
-        return _stream(self.codec_specs)
-
-    def _edited(self, name: str, tensor: Tensor, index: int) -> Iterator[tuple[str, Tensor]]:
-        if index == len(self.edits):
-            yield name, tensor
-            return
-        for new_name, new in self.edits[index][1](name, tensor).items():
-            yield from self._edited(new_name, new, index + 1)
+        """Every tensor's name and value of the speech tokenizer after the edits, likewise."""
+        return _edited(_stream(self.codec_specs), self.codec_edits)
 
     def save(self, out: str | Path) -> Checkpoint:
         """Writes the edited model (see `write`) and opens it."""
@@ -152,6 +154,8 @@ class Checkpoint:
         with new_folder(out) as aside:
             write_tensors(aside / WEIGHTS, self.tensors(), len(self.specs))
             self._copy_side_files(aside)
+            if self.codec_edits:
+                write_tensors(aside / CODEC / WEIGHTS, self.codec_tensors(), len(self.codec_specs))
             if self.settings == read_json(self.path / "config.json"):
                 shutil.copyfile(self.path / "config.json", aside / "config.json")
             else:
@@ -194,7 +198,8 @@ class Checkpoint:
     def _copy_side_files(self, aside: Path) -> None:
         """Copies all files but the model's own weights and settings, each held against its sum where one is known."""
         own = {"config.json", INDEX, *(f.name for f in _files(self.specs))}
-        codec = {f"{CODEC}/{name}": path for name, path in walk(self.codec_path).items()}
+        rewritten = {INDEX, *(f.name for f in _files(self.codec_specs))} if self.codec_edits else set()
+        codec = {f"{CODEC}/{name}": path for name, path in walk(self.codec_path).items() if name not in rewritten}
         model = {name: path for name, path in walk(self.path).items() if name not in own}
         found = {name: path for name, path in model.items() if not name.startswith(f"{CODEC}/")} | codec
         lent = Provenance.beside(self.codec_path).files
@@ -310,14 +315,34 @@ def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
     """The tensors in the order of the files; while one is at work, the next are held against their sums."""
     with ThreadPoolExecutor(_N_AHEAD) as pool:
         for file in _files(specs):
-            with _open(file) as weights:
-                names = [name for name in weights.offset_keys() if name in specs]
-                coming = (pool.submit(_checked, specs[name], name, weights.get_tensor(name)) for name in names)
-                ahead = deque(islice(coming, _N_AHEAD))
-                for name in names:
-                    tensor = ahead.popleft().result()
-                    ahead.extend(islice(coming, 1))
-                    yield name, tensor
+            coming = ((name, pool.submit(_checked, specs[name], name, tensor)) for name, tensor in _mapped(file, specs))
+            ahead = deque(islice(coming, _N_AHEAD))
+            while ahead:
+                name, tensor = ahead.popleft()
+                ahead.extend(islice(coming, 1))
+                yield name, tensor.result()
+
+
+def _mapped(file: Path, specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors of those in ``specs``, mapped anew after each run: what nobody keeps does not stay in memory."""
+    with _open(file) as weights:
+        names = deque(name for name in weights.offset_keys() if name in specs)
+    while names:
+        with _open(file) as weights:
+            n_bytes = 0
+            while names and n_bytes < _RUN_BYTES:
+                name = names.popleft()
+                n_bytes += specs[name].n_bytes
+                yield name, weights.get_tensor(name)
+
+
+def _edited(tensors: Iterator[tuple[str, Tensor]], edits: Sequence[Edit]) -> Iterator[tuple[str, Tensor]]:
+    """What the ``edits``, one after the other, make of each of the ``tensors``."""
+    for name, tensor in tensors:
+        if not edits:
+            yield name, tensor
+            continue
+        yield from _edited(iter(edits[0](name, tensor).items()), edits[1:])
 
 
 def _checked(spec: Spec, name: str, tensor: Tensor) -> Tensor:

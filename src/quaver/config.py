@@ -151,6 +151,31 @@ class AwqConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageConfig:
+    """``quaver``: what is stored in a form that quaver alone reads.
+
+    ``int8`` names modules, each with all that is in it, whose matrices are in INT8 (see int8); ``text_rows`` is how
+    many rows of the text embedding are there, where some were pruned.
+    """
+
+    version: int
+    int8: tuple[str, ...]
+    text_rows: int | None = None
+
+    FIXED: typing.ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType({"version": (1,)})
+
+    def __post_init__(self) -> None:
+        if self.text_rows is not None and (self.text_rows < 1 or not self.holds("talker.model.text_embedding")):
+            raise CheckpointError(
+                f"quaver: text_rows is {self.text_rows}: rows of a text embedding in INT8, at least one, are meant"
+            )
+
+    def holds(self, module: str) -> bool:
+        """Whether the matrix of ``module`` is in INT8."""
+        return any(f"{module}.".startswith(f"{name}.") for name in self.int8)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A whole Qwen3-TTS model but for its codec."""
 
@@ -166,6 +191,7 @@ class ModelConfig:
     tokenizer_type: str = "qwen3_tts_tokenizer_12hz"
     speaker_encoder_config: SpeakerConfig | None = None
     quantization_config: AwqConfig | None = None
+    quaver: StorageConfig | None = None
 
     FIXED: typing.ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType(
         {
@@ -174,6 +200,15 @@ class ModelConfig:
             "tie_word_embeddings": (False, True),
         }
     )
+
+    def with_keys(self, changed: Mapping[str, Any]) -> ModelConfig:
+        """This configuration, quantized as the keys ``changed`` of config.json say and in no other way."""
+        awq, own = changed.get("quantization_config"), changed.get("quaver")
+        return dataclasses.replace(
+            self,
+            quantization_config=None if awq is None else parse(AwqConfig, awq, "quantization_config"),
+            quaver=None if own is None else parse(StorageConfig, own, "quaver"),
+        )
 
     @property
     def has_speaker_encoder(self) -> bool:

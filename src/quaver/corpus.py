@@ -24,8 +24,9 @@ from quaver import audio as audio_files
 from quaver.config import FRAME_RATE_HZ
 from quaver.engine import Engine
 from quaver.errors import RecipeError, VoiceError
+from quaver.files import sha256
 from quaver.model.speaker import SAMPLE_RATE_HZ
-from quaver.model.tts import TTS, Utterance, references
+from quaver.model.tts import TTS, Prompt, Utterance, references
 from quaver.voice import Voice
 
 Progress = Callable[[str, int, int], None]
@@ -37,6 +38,8 @@ SENTENCES = "sentences.jsonl"
 _HELD_OUT_BYTES = 64
 _BATCH = 64
 _MOST_LETTERS_A_SECOND = 24
+_CACHE_VALUES = 500_000_000
+"""Keys and values that a batch may hold: 1 GB of a model that computes in 16 bits. Small models never get there."""
 
 INSTRUCTS = (
     "A calm middle-aged woman with a warm, low voice.",
@@ -69,6 +72,31 @@ def fingerprint(items: Sequence[Item]) -> str:
         said = item.utterance
         head = [said.text, said.language, said.voice.name if said.voice else said.instruct, list(item.codes.shape)]
         total.update(json.dumps(head).encode() + item.codes.to(torch.int32).contiguous().cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def identity(calibration: str | Path | Sequence[Item] | None) -> str:
+    """The SHA-256 of all that a calibration set is made of beside the model: "own" for speech that it makes itself.
+
+    A file's identity is that of its text and of every recording and voice file it names. Raises RecipeError.
+    """
+    if calibration is None:
+        return "own"
+    total = hashlib.sha256()
+    if not isinstance(calibration, str | Path):
+        total.update(fingerprint(calibration).encode())
+        for item in calibration:
+            voice = item.utterance.voice
+            parts = () if voice is None else (voice.speaker, voice.codes)
+            total.update(json.dumps([item.utterance.layout, voice.text if voice else None]).encode())
+            total.update(b"".join(part.cpu().contiguous().numpy().tobytes() for part in parts if part is not None))
+        return total.hexdigest()
+    path = Path(calibration)
+    for row in _read_rows(path):
+        total.update(json.dumps(row, sort_keys=True).encode())
+        for name in (row.get("audio"), row.get("voice")):
+            places = (path.parent / name, Path(name)) if isinstance(name, str) else ()
+            total.update("".join(sha256(one) for one in places if one.is_file()).encode())
     return total.hexdigest()
 
 
@@ -132,6 +160,8 @@ def load(tts: TTS, path: str | Path, n: int | None = None, progress: Progress | 
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("audio"), str):
             raise RecipeError(f'{path}, line {number}: it needs an "audio": the recording that says the text')
+    # Where memory is short it is left on the host.
+    tts.codec.encoder.to(tts.device)
     items = []
     for number, row in enumerate(rows, 1):
         items.append(_recorded(tts, row, path.parent))
@@ -211,17 +241,14 @@ def _speakers(tts: TTS, voices: Sequence[Voice] | None) -> _Speakers:
 def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None = None) -> list[Item]:
     """The utterances with the codes that the model says them with, in batches of like length.
 
-    The batches depend on the texts alone, so that two models are asked alike. Speech longer than :func:`most_frames`
-    of its text may have been cut.
+    The batches depend on the prompts and the widths alone, so that two models are asked alike. Speech longer than
+    :func:`most_frames` of its text may have been cut.
     """
     engine = Engine(tts)
     caps = [most_frames(utterance.text) for utterance in utterances]
-    by_length = sorted(range(len(utterances)), key=lambda index: (caps[index], index))
     items: dict[int, Item] = {}
-    for start in range(0, len(by_length), _BATCH):
-        batch = by_length[start : start + _BATCH]
+    for batch, prompts in _batches(tts, utterances, caps):
         knobs = replace(engine.knobs, max_frames=caps[batch[-1]])
-        prompts = [tts.prompt(utterances[index]) for index in batch]
         codes = engine.codes(prompts, [utterances[index].seed for index in batch], knobs)
         # Cut at its own cap, not at the batch's: an item does not depend on who shares its batch.
         items |= {
@@ -230,6 +257,27 @@ def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None =
         if progress:
             progress("speaking", len(items), len(utterances))
     return [items[index] for index in range(len(utterances))]
+
+
+def _batches(
+    tts: TTS, utterances: Sequence[Utterance], caps: Sequence[int]
+) -> Iterator[tuple[list[int], list[Prompt]]]:
+    """The utterances' places and prompts, those of the least ``caps`` first, as many as the cache has room for."""
+    config = tts.config.talker_config
+    n_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    batch: list[int] = []
+    prompts: list[Prompt] = []
+    for index in sorted(range(len(utterances)), key=lambda index: (caps[index], index)):
+        prompt = tts.prompt(utterances[index])
+        n_positions = max(len(one.embeds) for one in (*prompts, prompt)) + caps[index]
+        full = len(batch) == _BATCH or (len(batch) + 1) * n_positions * n_values > _CACHE_VALUES
+        if batch and full:
+            yield batch, prompts
+            batch, prompts = [], []
+        batch.append(index)
+        prompts.append(prompt)
+    if batch:
+        yield batch, prompts
 
 
 def most_frames(text: str) -> int:

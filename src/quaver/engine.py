@@ -6,10 +6,11 @@ Shapes: B batch, Q codebooks, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,14 +18,20 @@ from torch import Tensor
 
 from quaver.audio import Audio
 from quaver.errors import RecipeError
+from quaver.guard import Guard, Runaway, Watch, length
+from quaver.model.speaker import SAMPLE_RATE_HZ
 from quaver.model.tts import TTS, Prompt, Utterance
 from quaver.sampling import ENDED, MIN_FRAMES, Sampling, distribution, draw, uniforms
 from quaver.text import split_sentences
 
 if TYPE_CHECKING:
-    from quaver.frame import Frame, Weights
+    from quaver.frame import FrameGraph, Weights
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "runaway-trimmed", "runaway-retried"]
+"""How a sentence ended: by itself; at ``max_frames``; cut where it should have ended; by itself with a later seed."""
+
+GUARD = Guard()
+"""What is done by default about speech that never ends: it is cut."""
 
 _GAP_S = 0.12
 _FADE_S = 0.005
@@ -37,6 +44,17 @@ class Knobs:
     sampling: Sampling
     residual: Sampling
     max_frames: int
+
+
+class Frame(NamedTuple):
+    """One step of a batch: ``codes`` [B, Q], and ``stop`` [B], how likely each row was to end before this frame.
+
+    ``stop`` is the model's own probability, 0..1, before any knob: so it is also there where sampling is greedy or
+    leaves the stop id out. Both are on the host where a graph makes them, else on the model's device.
+    """
+
+    codes: Tensor
+    stop: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +88,8 @@ class Speech:
 class Batch(Protocol):
     """Utterances that decode side by side, one row each."""
 
-    def step(self) -> Tensor | None:
-        """The next frame's codes [B, Q], ENDED in stopped rows; None once every row has stopped."""
+    def step(self) -> Frame | None:
+        """The next frame, its codes ENDED in stopped rows; None once every row has stopped."""
 
 
 class Rows:
@@ -93,7 +111,7 @@ class Rows:
         self._frame = 0
         self._codes: Tensor | None = None
 
-    def step(self) -> Tensor | None:
+    def step(self) -> Frame | None:
         """See Batch."""
         tts, knobs = self._tts, self._knobs
         talker, predictor = tts.talker, tts.talker.code_predictor
@@ -104,14 +122,17 @@ class Rows:
             x = talker.embed_frames(self._codes) + text
             self._hidden = talker.hidden(x[:, None], self._cache)[:, 0]
         uniform = uniforms(self._seed, self._frame, n_codebooks)
+        logits = talker.codec_head(self._hidden)
+        stop_id = tts.config.talker_config.codec_eos_token_id
+        stop = logits.float().softmax(-1)[:, stop_id]
         probs, ids = distribution(
-            talker.codec_head(self._hidden),
+            logits,
             knobs.sampling,
             banned=self._banned_early if self._frame < MIN_FRAMES else self._banned,
             seen=self._seen,
         )
         first = draw(probs, ids, uniform[:, 0])
-        self._alive = self._alive & (first != tts.config.talker_config.codec_eos_token_id)
+        self._alive = self._alive & (first != stop_id)
         if not bool(self._alive.any()):
             return None
         self._seen.scatter_(1, first[:, None], True)
@@ -124,42 +145,49 @@ class Rows:
                 logits = predictor.step(codebook, codes[-1], self._small_cache)
         self._codes = torch.stack(codes, dim=1)
         self._frame += 1
-        return torch.where(self._alive[:, None], self._codes, ENDED)
+        return Frame(torch.where(self._alive[:, None], self._codes, ENDED), stop)
 
 
 class Graphed:
-    """A Batch of which each step is one graph on the GPU; the host looks on one frame late."""
+    """A Batch of which each step is one graph on the GPU; the host looks on one frame late, at a copy of its own."""
 
-    def __init__(self, frame: Frame, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs) -> None:
-        self._frame, self._n_rows = frame, len(prompts)
+    def __init__(self, graph: FrameGraph, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs) -> None:
+        self._graph, self._n_rows = graph, len(prompts)
         for slot, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            frame.join(slot, prompt, seed, knobs.sampling, knobs.residual)
-        self._n_asked, self._n_frames = 0, knobs.max_frames
-        on_gpu = frame.slots.alive.is_cuda
-        self._alive = torch.zeros(knobs.max_frames, self._n_rows, dtype=torch.int32, pin_memory=on_gpu)
-        self._asked: list[tuple[Tensor, torch.cuda.Event | None]] = []
+            graph.join(slot, prompt, seed, knobs.sampling, knobs.residual)
+        self._n_read, self._n_frames = 0, knobs.max_frames
+        slots, n_frames = graph.slots, knobs.max_frames
+        on_gpu = slots.alive.is_cuda
+        self._codes = torch.zeros(n_frames, *slots.codes.shape[1:], dtype=torch.int32, pin_memory=on_gpu)
+        self._stops = torch.zeros(n_frames, graph.n_slots, pin_memory=on_gpu)
+        self._alive = torch.zeros(n_frames, graph.n_slots, dtype=torch.int32, pin_memory=on_gpu)
+        self._asked: list[torch.cuda.Event | None] = []
 
-    def step(self) -> Tensor | None:
+    def step(self) -> Frame | None:
         """See Batch."""
-        index = self._n_asked
-        self._n_asked += 1
+        index = self._n_read
+        self._n_read += 1
         # The GPU works on the frame after the one that is waited for.
         while len(self._asked) < min(index + 2, self._n_frames):
             self._ask()
-        codes, event = self._asked[index]
+        event = self._asked[index]
         if event is not None:
             event.synchronize()
-        return codes if bool(self._alive[index].any()) else None
+        rows = slice(self._n_rows)
+        if not bool(self._alive[index, rows].any()):
+            return None
+        return Frame(self._codes[index, rows].long(), self._stops[index, rows])
 
     def _ask(self) -> None:
-        index, slots = len(self._asked), self._frame.slots
-        self._frame.step()
-        codes = slots.codes[index, : self._n_rows].long()
-        self._alive[index].copy_(slots.alive[: self._n_rows], non_blocking=True)
+        index, slots = len(self._asked), self._graph.slots
+        self._graph.step()
+        self._codes[index].copy_(slots.codes[index], non_blocking=True)
+        self._stops[index].copy_(slots.stops[index], non_blocking=True)
+        self._alive[index].copy_(slots.alive, non_blocking=True)
         event = torch.cuda.Event() if self._alive.is_pinned() else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        self._asked.append((codes, event))
+        self._asked.append(event)
 
 
 class Engine:
@@ -172,7 +200,7 @@ class Engine:
         self.tts = tts
         self._graphs = graphs and tts.device.type == "cuda" and find_spec("triton") is not None
         self._weights: Weights | None = None
-        self._idle: list[Frame] = []
+        self._idle: list[FrameGraph] = []
 
     @property
     def knobs(self) -> Knobs:
@@ -181,61 +209,84 @@ class Engine:
         return Knobs(defaults.sampling, defaults.residual, defaults.max_frames)
 
     @torch.inference_mode()
-    def frames(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> Iterator[Tensor]:
-        """Frames of codes [B, Q], one a step, until every row has stopped; a stopped row has ENDED in each code.
+    def frames(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> Iterator[Frame]:
+        """A Frame a step, until every row has stopped; a stopped row has ENDED in each code.
 
         A row's codes depend on its own prompt and seed alone, whoever shares the batch (but for float rounding).
         A row that never has ENDED when the iterator is done was cut at ``max_frames``.
         """
         knobs = knobs or self.knobs
-        frame = self._frame(prompts, knobs) if self._graphs else None
+        graph = self._graph_for(prompts, knobs) if self._graphs else None
         try:
             batch: Batch = (
-                Rows(self.tts, prompts, seeds, knobs) if frame is None else Graphed(frame, prompts, seeds, knobs)
+                Rows(self.tts, prompts, seeds, knobs) if graph is None else Graphed(graph, prompts, seeds, knobs)
             )
             for _ in range(knobs.max_frames):
-                codes = batch.step()
-                if codes is None:
+                frame = batch.step()
+                if frame is None:
                     return
-                yield codes
+                yield frame
         finally:
-            if frame is not None:
-                self._idle.append(frame)
+            if graph is not None:
+                self._idle.append(graph)
 
-    def _frame(self, prompts: Sequence[Prompt], knobs: Knobs) -> Frame:
-        """An idle frame of one slot a prompt, with room for them; one is built where none fits.
+    def _graph_for(self, prompts: Sequence[Prompt], knobs: Knobs) -> FrameGraph:
+        """An idle graph of one slot a prompt, with room for them; one is built where none fits.
 
         Sizes are rounded up to powers of two, so that few are built; one that became too small is let go.
         """
-        from quaver.frame import Frame, Weights
+        from quaver.frame import FrameGraph, Weights
 
         n_positions = max(len(prompt.embeds) for prompt in prompts) + knobs.max_frames
         n_lines = min(max(len(prompt.tail) for prompt in prompts), knobs.max_frames)
-        same = [frame for frame in self._idle if frame.n_slots == len(prompts)]
-        for frame in same:
-            self._idle.remove(frame)
-            if frame.capacity >= n_positions and frame.n_lines >= n_lines:
-                return frame
+        same = [graph for graph in self._idle if graph.n_slots == len(prompts)]
+        for graph in same:
+            self._idle.remove(graph)
+            if graph.capacity >= n_positions and graph.n_lines >= n_lines:
+                return graph
         if self._weights is None:
             self._weights = Weights(self.tts)
-        return Frame(self._weights, len(prompts), _power_of_two(n_positions), _power_of_two(n_lines))
+        return FrameGraph(self._weights, len(prompts), _power_of_two(n_positions), _power_of_two(n_lines))
 
     def codes(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> list[Tensor]:
         """Whole utterances: for each prompt its frames [T, Q]."""
-        steps = list(self.frames(prompts, seeds, knobs))
+        steps = [frame.codes for frame in self.frames(prompts, seeds, knobs)]
         if not steps:
             return [torch.zeros(0, self.tts.config.talker_config.num_code_groups, dtype=torch.long) for _ in prompts]
         stacked = torch.stack(steps, dim=1).cpu()
         return [row[row[:, 0] != ENDED] for row in stacked]
 
-    def speak(self, utterance: Utterance, knobs: Knobs | None = None, *, chunk_frames: int = 4) -> Iterator[Chunk]:
+    @cached_property
+    def silence(self) -> frozenset[int]:
+        """The codes of codebook 0 that the codec gives to silence, its first second aside."""
+        encoder = self.tts.codec.encoder
+        parameter = next(encoder.parameters())
+        with torch.inference_mode():
+            nothing = torch.zeros(1, 2 * SAMPLE_RATE_HZ, dtype=parameter.dtype, device=parameter.device)
+            codes = encoder.encode(nothing)[0, 0]
+        return frozenset(codes[len(codes) // 2 :].tolist())
+
+    def speak(
+        self,
+        utterance: Utterance,
+        knobs: Knobs | None = None,
+        *,
+        chunk_frames: int = 4,
+        guard: Guard | None = GUARD,
+        settled: bool = False,
+    ) -> Iterator[Chunk]:
         """Speech as it is made, in chunks of ``chunk_frames`` frames (the last of a sentence may be shorter).
 
         Long text is spoken sentence by sentence, each with the next seed, joined by a short silence; the edges of a
-        sentence are faded over 5 ms, so that no join clicks. Raises what TTS.prompt raises, before the first chunk.
+        sentence are faded over 5 ms, so that no join clicks. ``guard`` says what is done about a sentence that never
+        ends; None leaves the model alone. What was sent cannot be taken back: only with ``settled``, where a sentence
+        is not heard before it has ended, is it cut exactly, or tried again.
+        Raises what TTS.prompt raises, before the first chunk, and RecipeError for retries of what is sent at once.
         """
         if chunk_frames < 1:
             raise RecipeError(f"chunk_frames is {chunk_frames}: it must be 1 or more")
+        if guard is not None and guard.retries and not settled:
+            raise RecipeError(f"retries is {guard.retries}: sound that was sent cannot be tried again (streaming: 0)")
         sentences = split_sentences(utterance.text)
         # All prompts are built first: whatever is wrong with the request shows before any sound.
         parts = [
@@ -243,55 +294,57 @@ class Engine:
             for index, text in enumerate(sentences or [utterance.text])
         ]
         prompts = [self.tts.prompt(part) for part in parts]
-        return self._speak(parts, prompts, knobs or self.knobs, chunk_frames)
+        takes = [
+            _Take(self, part, prompt, knobs or self.knobs, guard) for part, prompt in zip(parts, prompts, strict=True)
+        ]
+        return self._speak(takes, chunk_frames, settled=settled)
 
-    def _speak(
-        self, parts: Sequence[Utterance], prompts: Sequence[Prompt], knobs: Knobs, chunk_frames: int
-    ) -> Iterator[Chunk]:
+    def _speak(self, takes: Sequence[_Take], chunk_frames: int, *, settled: bool) -> Iterator[Chunk]:
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         gap = np.zeros(round(_GAP_S * rate_hz), np.float32)
-        for index, (part, prompt) in enumerate(zip(parts, prompts, strict=True)):
-            yield from self._sentence(part, prompt, knobs, chunk_frames)
-            if index + 1 < len(parts):
+        for index, take in enumerate(takes):
+            yield from self._sentence(take, take.settled() if settled else take.streamed(), chunk_frames)
+            if index + 1 < len(takes):
                 yield Chunk(Audio(gap, rate_hz), 0)
 
-    def _sentence(self, part: Utterance, prompt: Prompt, knobs: Knobs, chunk_frames: int) -> Iterator[Chunk]:
+    def _sentence(self, take: _Take, frames: Iterable[Tensor], chunk_frames: int) -> Iterator[Chunk]:
         """One sentence's chunks. Its last 5 ms are held back until it is known whether they end it."""
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         n_fade = round(_FADE_S * rate_hz)
         ramp = np.linspace(0, 1, n_fade, dtype=np.float32)
         stream = self.tts.codec.decoder.stream()
-        if part.voice is not None and part.voice.codes is not None:
-            stream.push(part.voice.codes.to(self.tts.device))
+        voice = take.part.voice
+        if voice is not None and voice.codes is not None:
+            stream.push(voice.codes.to(self.tts.device))
         waiting: list[Tensor] = []
         held = np.zeros(0, np.float32)
-        n_frames = n_sent = 0
-        for frame in self.frames([prompt], [part.seed], knobs):
-            n_frames += 1
-            waiting.append(frame[0])
+        n_sent = 0
+        for codes in frames:
+            waiting.append(codes)
             if len(waiting) == chunk_frames:
-                samples = stream.push(torch.stack(waiting)).float().cpu().numpy()
-                if n_frames == chunk_frames:
+                samples = stream.push(torch.stack(waiting).to(self.tts.device)).float().cpu().numpy()
+                if n_sent == 0:
                     samples[:n_fade] *= ramp
                 samples = np.concatenate((held, samples))
                 samples, held = samples[:-n_fade], samples[-n_fade:]
                 yield Chunk(Audio(samples, rate_hz), chunk_frames)
-                waiting, n_sent = [], n_frames
+                waiting, n_sent = [], n_sent + chunk_frames
+        # What was sent is sent: a sentence that ran away is cut no earlier.
+        waiting = waiting[: max(0, take.n_kept - n_sent)]
         if waiting:
-            samples = stream.push(torch.stack(waiting)).float().cpu().numpy()
+            samples = stream.push(torch.stack(waiting).to(self.tts.device)).float().cpu().numpy()
             if n_sent == 0:
                 samples[:n_fade] *= ramp
             held = np.concatenate((held, samples))
         held[-n_fade:] *= ramp[::-1]
-        reason: FinishReason = "length" if n_frames == knobs.max_frames else "stop"
-        yield Chunk(Audio(held, rate_hz), n_frames - n_sent, reason)
+        yield Chunk(Audio(held, rate_hz), len(waiting), take.reason)
 
-    def say(self, utterance: Utterance, knobs: Knobs | None = None) -> Speech:
-        """The whole speech of ``utterance``: the chunks of ``speak``, joined."""
+    def say(self, utterance: Utterance, knobs: Knobs | None = None, *, guard: Guard | None = GUARD) -> Speech:
+        """The whole speech of ``utterance``: the settled chunks of ``speak``, joined."""
         start = time.perf_counter()
         first_audio_s = 0.0
         chunks: list[Chunk] = []
-        for chunk in self.speak(utterance, knobs, chunk_frames=12):
+        for chunk in self.speak(utterance, knobs, chunk_frames=12, guard=guard, settled=True):
             if not chunks:
                 first_audio_s = time.perf_counter() - start
             chunks.append(chunk)
@@ -303,6 +356,49 @@ class Engine:
             first_audio_s=first_audio_s,
             wall_s=time.perf_counter() - start,
         )
+
+
+class _Take:
+    """A sentence to be spoken; once its frames are there, the ``reason`` it ended and how many are worth keeping."""
+
+    def __init__(self, engine: Engine, part: Utterance, prompt: Prompt, knobs: Knobs, guard: Guard | None) -> None:
+        self._engine, self.part, self._prompt, self._knobs, self._guard = engine, part, prompt, knobs, guard
+        self.reason: FinishReason = "stop"
+        self.n_kept = 0
+
+    @property
+    def _ran_away(self) -> bool:
+        return self.reason == "runaway-trimmed"
+
+    def settled(self) -> list[Tensor]:
+        """The frames [Q] of the first try that does not run away; those of the first of all, cut, where each does."""
+        first = list(self.streamed())
+        if not self._ran_away or self._guard is None:
+            return first
+        n_kept = self.n_kept
+        for retry in range(1, self._guard.retries + 1):
+            again = list(self.streamed(retry))
+            if not self._ran_away:
+                self.reason = "runaway-retried"
+                return again
+        self.n_kept = n_kept
+        return first[:n_kept]
+
+    def streamed(self, retry: int = 0) -> Iterator[Tensor]:
+        """The frames [Q] as they are made, no further than where a watch sees that they ran away."""
+        engine, knobs = self._engine, self._knobs
+        watch = None if self._guard is None else Watch(length(self.part), lambda: engine.silence)
+        n_frames = 0
+        for codes, stop in engine.frames([self._prompt], [self.part.seed + retry], knobs):
+            n_frames += 1
+            runaway: Runaway | None = None if watch is None else watch.push(int(codes[0, 0]), float(stop[0]))
+            if runaway is not None:
+                self.reason, self.n_kept = "runaway-trimmed", runaway.keep
+            if runaway is None or runaway.keep == n_frames:
+                yield codes[0]
+            if runaway is not None:
+                return
+        self.reason, self.n_kept = "length" if n_frames == knobs.max_frames else "stop", n_frames
 
 
 def _power_of_two(n: int) -> int:

@@ -24,8 +24,9 @@ from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_new, new_folder
 from quaver.int4 import GROUP, IN_TURN, pack, unpack
 from quaver.model.talker import TextProjection
-from quaver.model.tts import shapes
+from quaver.model.tts import LAYERS, shapes
 from quaver.provenance import PROVENANCE, Provenance, Step
+from quaver.recipe import readers
 
 Format = Literal["compressed-tensors", "qwen3"]
 
@@ -98,6 +99,11 @@ def _check(checkpoint: Checkpoint) -> None:
     if checkpoint.config.quantization_config is None:
         raise CheckpointError(
             f"{checkpoint.path} is not quantized, and only INT4 is exported: make it INT4 first with quaver quantize"
+        )
+    if readers(checkpoint.config) is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} is stored by a recipe, and the export formats know a talker in INT4 and all else "
+            "unquantized: export what quaver quantize writes without profile, recipe and budget"
         )
     wanted = shapes(checkpoint.config)
     if wrong := wanted.keys() ^ checkpoint.specs.keys():
@@ -210,7 +216,7 @@ def _qwen3_edit(checkpoint: Checkpoint, progress: Progress | None) -> Edit:
     projection.load_state_dict({name: checkpoint.read(f"{_PROJECTION}.{name}") for name in projection.state_dict()})
 
     def edit(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        if name.startswith(f"{awq.LAYERS}.") or name == "talker.model.norm.weight":
+        if name.startswith(f"{LAYERS}.") or name == "talker.model.norm.weight":
             return {name.removeprefix("talker."): tensor}
         if name == _TEXT:
             return {"model.embed_tokens.weight": _projected(tensor, projection, progress)}

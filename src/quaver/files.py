@@ -86,7 +86,7 @@ def disk_error(error: OSError, out: Path) -> BudgetError | RecipeError:
     """What a failed write to ``out`` means to the user."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         free = shutil.disk_usage(out.parent).free
-        return BudgetError(f"no space left for {out}: {free / 1e6:.0f} MB are free; nothing was left behind")
+        return BudgetError(f"no space left for {out}: {free / 1e6:.0f} MB are free; nothing half-written was left")
     return RecipeError(f"{out} cannot be written: {error.strerror or error}")
 
 

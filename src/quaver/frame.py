@@ -19,7 +19,7 @@ from quaver.kernels.persistent import MOST_SLOTS, MOST_SPLITS, Persistent
 from quaver.kernels.sampler import Slots, sample_first, sample_residual
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.tts import TTS, Prompt
-from quaver.sampling import MIN_FRAMES, Sampling
+from quaver.sampling import ENDED, MIN_FRAMES, Sampling
 
 _PROGRAMS = 128
 """About how many programs read a cache at once: as many as a large GPU has processors."""
@@ -124,7 +124,7 @@ class _Stack:
             linear(inner, layer.down, x, residual=x, overlap=overlap)
 
 
-class Frame:
+class FrameGraph:
     """B slots that speak a frame a step; on a GPU the step is one captured graph.
 
     ``capacity``: positions of a slot's cache, prompt and frames together; ``n_lines``: rows of text it can hold.
@@ -164,7 +164,7 @@ class Frame:
         self._talker.keys[:, slot, :, :n_prompt] = cache.keys[:, 0]
         self._talker.values[:, slot, :, :n_prompt] = cache.values[:, 0]
         slots.texts[slot, :n_text] = prompt.tail[:n_text]
-        slots.codes[:, slot] = -1
+        slots.codes[:, slot], slots.stops[:, slot] = ENDED, 0
         slots.seen[slot] = 0
         for state, value in (
             (slots.seed, seed), (slots.frame, 0), (slots.prompt, n_prompt), (slots.past, n_prompt),
@@ -186,7 +186,7 @@ class Frame:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Speaks the next frame of every slot: row ``frame`` of its ``codes``. Returns before the GPU has."""
+        """Speaks the next frame of every slot: row ``frame`` of ``codes`` and ``stops``. Returns before the GPU has."""
         if self._graph is None:
             self._enqueue()
         else:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quaver.checkpoint import Checkpoint, Spec
-from quaver.model.tts import INT4_SUFFIXES, memory_bytes
+from quaver.model.filling import PACKED_SUFFIXES
+from quaver.model.tts import memory_bytes
 
 _PARTS: tuple[tuple[str, str], ...] = (
     ("talker.code_predictor.model.layers.", "predictor layers"),
@@ -29,7 +30,7 @@ _PARTS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One module: its parameters (an INT4 weight counts the weights it stands for), types, and bytes."""
+    """One module: its parameters (a packed weight counts the weights it stands for), types, and bytes."""
 
     name: str
     n_parameters: int
@@ -95,15 +96,17 @@ def total(entries: Sequence[Entry]) -> Entry:
 
 
 def _entry(label: str, specs: Mapping[str, Spec], in_memory: Mapping[str, int]) -> Entry:
-    packed = sum(spec.n_elements for name, spec in specs.items() if name.endswith(".qweight"))
-    plain = sum(spec.n_elements for name, spec in specs.items() if not name.endswith(INT4_SUFFIXES))
+    words = sum(spec.n_elements for name, spec in specs.items() if name.endswith(".qweight"))
+    in_int8 = sum(spec.n_elements for name, spec in specs.items() if name.endswith(".weight_int8"))
+    plain = sum(spec.n_elements for name, spec in specs.items() if not name.endswith(PACKED_SUFFIXES))
+    packed = (("INT4 g128", 8 * words), ("INT8 rows", in_int8))
     return Entry(
         name=label,
-        n_parameters=plain + 8 * packed,
+        n_parameters=plain + 8 * words + in_int8,
         dtypes=tuple(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values()})),
         disk_bytes=sum(spec.n_bytes for spec in specs.values()),
         memory_bytes=sum(in_memory[name] for name in specs),
-        quantized=f"INT4 g128 ({8 * packed:,} weights)" if packed else "",
+        quantized=", ".join(f"{how} ({n_weights:,} weights)" for how, n_weights in packed if n_weights),
     )
 
 

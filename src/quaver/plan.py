@@ -1,7 +1,7 @@
 """What a model would take on disk and in memory in each profile, told before anything is written or downloaded.
 
 The configuration says every tensor's name and shape. Types are those of the files where they are there, else the
-published ones: bfloat16, and float32 for the codec. What quaver writes it tells to the byte; the rest is an estimate.
+published ones: bfloat16, and float32 for the codec. What quaver then writes it tells to the byte.
 """
 
 from __future__ import annotations
@@ -15,32 +15,35 @@ import torch
 
 from quaver import awq, ledger
 from quaver.checkpoint import INDEX, Spec, read_specs, resolve
-from quaver.config import AwqConfig, CodecConfig, ModelConfig, parse, read_codec_config, read_model_config
+from quaver.config import CodecConfig, read_codec_config, read_model_config
 from quaver.errors import CheckpointError
 from quaver.ledger import Entry, megabytes
+from quaver.mixed import halved_type, stored_as
 from quaver.model.codec_encoder import Codec
-from quaver.model.tts import INT4_SUFFIXES, Model, memory_bytes
+from quaver.model.tts import memory_bytes
 from quaver.provenance import CODEC, Provenance
+from quaver.recipe import COMPACT, settings
 
 Name = Literal["bf16", "int4", "compact"]
 PROFILES: tuple[Name, ...] = ("bf16", "int4", "compact")
 
-PREDICTOR, TEXT, DECODER = "talker.code_predictor.", "talker.model.text_embedding.", "decoder."
-_SHRUNK = (PREDICTOR, TEXT, DECODER)
-_HOW: Mapping[Name, tuple[str, str | None]] = {
+_HOW: Mapping[Name, tuple[str, str]] = {
     "bf16": ("as published", "quaver blend"),
     "int4": ("the talker's linears in AWQ INT4", "quaver quantize"),
-    "compact": ("int4, and code predictor and text embedding in INT8, a scale a row, codec decoder in bfloat16", None),
+    "compact": (
+        "int4, and code predictor and text embedding in INT8, codec decoder in bfloat16 (float32 in memory)",
+        "quaver quantize --profile compact",
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A model in one profile: its modules, what is done to them, and the verb that writes it (None: none yet)."""
+    """A model in one profile: its modules, what is done to them, and the verb that writes it."""
 
     name: Name
     how: str
-    written_by: str | None
+    written_by: str
     entries: tuple[Entry, ...]
 
     @property
@@ -61,10 +64,8 @@ class Plan:
     profiles: tuple[Profile, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``--json``; ``exact`` is true of the profiles that quaver writes."""
-        profiles = [
-            {**asdict(one), "exact": one.written_by is not None, "total": asdict(one.total)} for one in self.profiles
-        ]
+        """Plain values for ``--json``."""
+        profiles = [{**asdict(one), "total": asdict(one.total)} for one in self.profiles]
         return {**asdict(self), "profiles": profiles}
 
 
@@ -83,8 +84,13 @@ def plan(
     codec_file = _codec_configuration(beside, codec)
     stored, codec_stored = _stored(beside), {} if codec_file is None else _stored(codec_file.parent)
     codec_specs = {} if codec_file is None else _codec_specs(read_codec_config(codec_file), codec_stored, codec_file)
+    changed: Mapping[Name, Mapping[str, Any]] = {
+        "bf16": {},
+        "int4": {"quantization_config": awq.settings()},
+        "compact": settings(COMPACT, config),
+    }
     profiles = tuple(
-        Profile(name, *_HOW[name], _weighed(name, _specs(config, stored, file, name), codec_specs, device))
+        Profile(name, *_HOW[name], _weighed(name, stored_as(config, changed[name], stored, file), codec_specs, device))
         for name in names
     )
     return Plan(
@@ -128,30 +134,10 @@ def _stored(folder: Path) -> Mapping[str, Spec]:
     return read_specs(folder, Provenance.read(folder)) if there else {}
 
 
-def _weighed(name: Name, specs: Mapping[str, Spec], codec_specs: Mapping[str, Spec], device: str) -> tuple[Entry, ...]:
-    in_memory = memory_bytes(specs, codec_specs, device)
+def _weighed(name: Name, model: Mapping[str, Spec], codec_specs: Mapping[str, Spec], device: str) -> tuple[Entry, ...]:
     if name == "compact":
-        specs = _int8(specs)
-        codec_specs = {key: _bf16(spec) if key.startswith(DECODER) else spec for key, spec in codec_specs.items()}
-        # What is made small stays small in memory: else there would be no point in it.
-        small = (item for item in (*specs.items(), *codec_specs.items()) if item[0].startswith(_SHRUNK))
-        in_memory |= {key: spec.n_bytes for key, spec in small}
-    return ledger.entries(specs, codec_specs, in_memory)
-
-
-def _specs(config: ModelConfig, stored: Mapping[str, Spec], file: Path, name: Name) -> dict[str, Spec]:
-    """Every tensor of the model with its talker as profile ``name`` has it, whatever the configuration says of it."""
-    quantization = None if name == "bf16" else parse(AwqConfig, awq.settings(), "awq.settings")
-    with torch.device("meta"):
-        state = Model(replace(config, quantization_config=quantization)).state_dict()
-    return {
-        key: Spec(
-            file,
-            value.dtype if key.endswith(INT4_SUFFIXES) else _type(key, stored, torch.bfloat16),
-            tuple(value.shape),
-        )
-        for key, value in state.items()
-    }
+        codec_specs = {key: replace(one, dtype=halved_type(key, one.dtype)) for key, one in codec_specs.items()}
+    return ledger.entries(model, codec_specs, memory_bytes(model, codec_specs, device))
 
 
 def _codec_specs(config: CodecConfig, stored: Mapping[str, Spec], file: Path) -> dict[str, Spec]:
@@ -164,38 +150,18 @@ def _type(name: str, stored: Mapping[str, Spec], otherwise: torch.dtype) -> torc
     return stored[name].dtype if name in stored else otherwise
 
 
-def _int8(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """``specs`` with the matrices of the code predictor and the text embedding in INT8, a float16 scale a row."""
-    small: dict[str, Spec] = {}
-    for name, spec in specs.items():
-        if not name.startswith((PREDICTOR, TEXT)) or len(spec.shape) != 2:
-            small[name] = spec
-            continue
-        small[name] = replace(spec, dtype=torch.int8)
-        small[f"{name.removesuffix('.weight')}.scales"] = replace(spec, dtype=torch.float16, shape=spec.shape[:1])
-    return small
-
-
-def _bf16(spec: Spec) -> Spec:
-    return replace(spec, dtype=torch.bfloat16) if spec.dtype == torch.float32 else spec
-
-
 def table(plan: Plan) -> Iterator[str]:
     """The plan as lines of text: megabytes on disk and in memory, a pair of columns a profile, then what each is."""
     row = "{:<28}" + " {:>12}" * (2 * len(plan.profiles))
     yield f"{plan.model} ({plan.kind}), types of {plan.types_from}"
-    heads = [one.name + ("" if one.written_by else "*") for one in plan.profiles]
-    yield row.format("MB", *(f"{head} {what}" for head in heads for what in ("disk", "mem")))
+    yield row.format("MB", *(f"{one.name} {what}" for one in plan.profiles for what in ("disk", "mem")))
     names = list(dict.fromkeys(entry.name for one in plan.profiles for entry in (*one.entries, one.total)))
     for name in names:
         found = [next(e for e in (*one.entries, one.total) if e.name == name) for one in plan.profiles]
         yield row.format(name, *(megabytes(n) for entry in found for n in (entry.disk_bytes, entry.memory_bytes)))
-    for one, head in zip(plan.profiles, heads, strict=True):
+    for one in plan.profiles:
         size = f"{one.total.disk_bytes:,} bytes of tensors"
-        if one.written_by:
-            yield f"{head}: {one.how}; exactly {size}, as {one.written_by} writes them"
-        else:
-            yield f"{head}: {one.how}; PLANNED, no verb of quaver writes it yet: an estimate, {size}"
+        yield f"{one.name}: {one.how}; exactly {size}, as {one.written_by} writes them"
     yield f"memory: weights alone, loaded on {plan.device} by default; file headers come on top on disk"
     if not plan.codec:
         yield "the codec is NOT counted: name its folder or configuration with --codec"

@@ -47,6 +47,7 @@ class Tokenizer:
         split = Split(Regex(QWEN2_SPLIT), behavior="isolated")
         self._backend.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
         self._backend.add_tokens(list(described.values()))
+        self._added = frozenset(token.content for token in described.values())
         self._special = tuple(token.content for token in described.values() if token.special)
         self._ids = ids
         self._check_template()
@@ -77,6 +78,19 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """The id of one token in its byte-level spelling, None when there is no such token."""
         return self._ids.get(token)
+
+    def spellings(self) -> Mapping[int, bytes | None]:
+        """The bytes that each id stands for; None for those of added tokens, which are names and no text."""
+        bytes_of = _bytes_of_alphabet()
+        return {
+            index: None if token in self._added else bytes(bytes_of[character] for character in token)
+            for token, index in self._ids.items()
+        }
+
+    def text_of(self, index: int) -> str:
+        """What the id ``index`` stands for, for people: broken characters are marked."""
+        spelling = self.spellings()[index]
+        return f"token {index}" if spelling is None else spelling.decode(errors="replace")
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; control tokens spelled in it become their ids. Raises RecipeError for broken Unicode."""
@@ -112,6 +126,16 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer: {IM_START} or {IM_END} is missing from added_tokens_decoder")
         if len(self.encode(f"{IM_START}assistant\n")) != 3:
             raise CheckpointError("tokenizer: 'assistant' must be one token: prompts count on a role of three")
+
+
+def _bytes_of_alphabet() -> dict[str, int]:
+    """The byte that each character of the byte-level alphabet stands for (as GPT-2 spells bytes).
+
+    Printable bytes of Latin-1 are themselves; the others, in order, are the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def run(arguments: list[str]) -> int:
         return 2
     except (MemoryError, torch.OutOfMemoryError) as error:
         first = str(error).strip().splitlines()[:1]
-        short = BudgetError(f"out of memory: {first[0] if first else 'the machine has no more'}; nothing was written")
+        short = BudgetError(
+            f"out of memory: {first[0] if first else 'the machine has no more'}; nothing half-written was left"
+        )
         click.echo(f"quaver: {short}", err=True)
         return 2
     except click.exceptions.Exit as error:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import click
 from click.core import ParameterSource
 
-from quaver import awq, blend, export, sweep, validate
+from quaver import awq, blend, export, mixed, recipe, sweep, validate
+from quaver import budget as budgets
 from quaver.checkpoint import Checkpoint
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, judge_options, judging, model_options
+from quaver.corpus import Item
 from quaver.errors import RecipeError
 from quaver.files import check_new
+from quaver.partial import partial_folder
 
 
 @cli.command()
 @click.argument("source")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new folder to write.")
-@click.option("--samples", type=int, default=128, show_default=True, help="Calibration utterances.")
-@click.option("--positions", type=int, default=512, show_default=True, help="Cut each utterance at so many positions.")
-@click.option("--seed", type=int, default=1729, show_default=True)
+@click.option("--profile", type=click.Choice(["int4", "compact"]), help="compact: more in INT8, for quaver alone.")
+@click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="TOML", help="How to store each part yourself."
+)
+@click.option("--budget", metavar="SIZE", help="Bytes on disk, such as 0.9GB: choose block by block by measured cost.")
+@click.option("--samples", type=int, help="Calibration utterances.  [default: 128]")
+@click.option("--positions", type=int, help="Cut each utterance at so many positions.  [default: 512]")
+@click.option("--seed", type=int, help="What they are drawn and spoken with.  [default: 1729]")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -31,20 +41,74 @@ from quaver.files import check_new
 @model_options
 @json_option
 def quantize(
-    source: str, out: Path, samples: int, positions: int, seed: int, calibration: Path | None, codec: str | None,
-    device: str, dtype: str, *, as_json: bool,
+    source: str, out: Path, profile: str | None, recipe_file: Path | None, budget: str | None, samples: int | None,
+    positions: int | None, seed: int | None, calibration: Path | None, codec: str | None, device: str, dtype: str,
+    *, as_json: bool,
 ) -> None:  # fmt: skip
-    """Quantize the talker of SOURCE to AWQ INT4 (group 128, zero points, GEMM layout)."""
+    """Quantize the talker of SOURCE to AWQ INT4 (group 128, zero points, GEMM layout).
+
+    A profile, recipe or budget stores more parts smaller; what it writes may load in quaver alone, and says so.
+    Killed or interrupted, the same command goes on from the layers that were finished, to the same bytes; a budget
+    first speaks and measures anew.
+    """
     check_new(out)
-    recipe = awq.Recipe(n_samples=samples, n_positions=positions, seed=seed)
-    checkpoint = Checkpoint.open(source, codec=codec)
-    report = awq.quantize(
-        checkpoint, out, recipe, device=device, dtype=DTYPES[dtype], calibration=calibration, progress=Progress()
+    stored = _recipe(profile, recipe_file, budgeted=budget is not None)
+    most_bytes = None if budget is None else budgets.size(budget)
+    asked = {"n_samples": samples, "n_positions": positions, "seed": seed}
+    calibrating = replace(
+        stored.calibration if stored else awq.Recipe(), **{key: one for key, one in asked.items() if one is not None}
     )
+    checkpoint = Checkpoint.open(source, codec=codec)
+    kind, progress = DTYPES[dtype], Progress()
+    report: awq.AwqReport | mixed.MixedReport
+    heard: Path | Sequence[Item] | None
+    with _resumable(out):
+        if stored is None:
+            report = awq.quantize(
+                checkpoint, out, calibrating, device=device, dtype=kind, calibration=calibration, progress=progress
+            )
+        else:
+            stored, heard = replace(stored, calibration=calibrating), calibration
+            if most_bytes is not None:
+                stored, heard = budgets.choose(
+                    checkpoint,
+                    most_bytes,
+                    stored,
+                    device=device,
+                    dtype=kind,
+                    calibration=calibration,
+                    progress=progress,
+                )
+            report = mixed.quantize(
+                checkpoint, out, stored, device=device, dtype=kind, calibration=heard, progress=progress
+            )
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
         click.echo(f"{out}: {report.summary()}", err=True)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """While open, an interruption says what is kept of the work towards ``out``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = partial_folder(out)
+        if kept.exists():
+            click.echo(f"quaver: what is finished is kept in {kept}: the same command goes on from there", err=True)
+        raise
+
+
+def _recipe(profile: str | None, file: Path | None, *, budgeted: bool) -> recipe.Recipe | None:
+    """How the options say to store the model; None for the plain AWQ of the default."""
+    if profile and (file or budgeted):
+        raise RecipeError("--profile says all: leave --recipe and --budget out, or name no profile")
+    if file:
+        return recipe.read(file)
+    if budgeted:
+        return recipe.Recipe()
+    return recipe.COMPACT if profile == "compact" else None
 
 
 @cli.command(name="blend")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from quaver.config import FRAME_RATE_HZ
 from quaver.demo import demonstrate
 from quaver.engine import Chunk, Engine, Knobs
 from quaver.errors import RecipeError
+from quaver.guard import Guard
 from quaver.model.tts import TTS, Utterance
 from quaver.sampling import Sampling
 from quaver.voice import Voice
@@ -42,13 +44,17 @@ from quaver.voice import Voice
 @click.option("--top-p", type=float, help="Keep the likeliest codes up to this probability. Default: the model's own.")
 @click.option("--penalty", type=float, help="Repetition penalty on codebook 0. Default: the model's own.")
 @click.option("--max-seconds", type=float, help="Cut a sentence that has not stopped by then.")
+@click.option("--guard/--no-guard", default=True, show_default=True, help="End speech that would never end.")
+@click.option("--retries", type=int, default=0, show_default=True,
+              help="Before a sentence that never ends is cut, try the next seed so often.")  # fmt: skip
 @click.option("--stream", is_flag=True, help="Write sound while it is made: 4 frames (0.32 s) at a time.")
 @model_options
 @json_option
 def say(
     source: str, text: str, out: str, voice: str | None, voice_text: str | None, language: str, instruct: str | None,
     layout: str, seed: int, temperature: float | None, top_k: int | None, top_p: float | None, penalty: float | None,
-    max_seconds: float | None, *, stream: bool, codec: str | None, device: str, dtype: str, as_json: bool,
+    max_seconds: float | None, *, guard: bool, retries: int, stream: bool, codec: str | None, device: str, dtype: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Speak TEXT (- reads it from standard input) with the model SOURCE."""
     if text == "-":
@@ -58,9 +64,15 @@ def say(
     tts = TTS.load(source, codec=codec, device=device, dtype=DTYPES[dtype])
     engine = Engine(tts)
     knobs = _knobs(engine, temperature, top_k, top_p, penalty, max_seconds)
+    if retries and not guard:
+        raise RecipeError("--retries needs the guard, which sees that a sentence never ends: leave --no-guard out")
+    stream = stream or out == "-"
     spoken_by = tts.voice(voice, text=voice_text) if voice is not None else None
     utterance = Utterance(text, language, spoken_by, instruct, seed, "whole" if layout == "whole" else "stream")
-    result = _speak_to(out, engine, utterance, knobs, chunk_frames=4 if stream or out == "-" else 12)
+    chunks = engine.speak(
+        utterance, knobs, chunk_frames=4 if stream else 12, guard=Guard(retries) if guard else None, settled=not stream
+    )
+    result = _write_to(out, chunks)
     if as_json:
         click.echo(json.dumps(result), err=out == "-")
         return
@@ -98,13 +110,13 @@ def _knobs(
     return Knobs(talker, changed(own.residual), max_frames)
 
 
-def _speak_to(out: str, engine: Engine, utterance: Utterance, knobs: Knobs, *, chunk_frames: int) -> dict[str, Any]:
-    """Speaks to the file ``out``, or as raw 16-bit PCM to stdout for "-", and returns the figures."""
+def _write_to(out: str, spoken: Iterator[Chunk]) -> dict[str, Any]:
+    """Writes the chunks to the file ``out``, or as raw 16-bit PCM to stdout for "-", and returns the figures."""
     start = time.perf_counter()
     first_audio_s = 0.0
     chunks: list[Chunk] = []
     raw = sys.stdout.buffer if out == "-" else None
-    for chunk in engine.speak(utterance, knobs, chunk_frames=chunk_frames):
+    for chunk in spoken:
         if not chunks:
             first_audio_s = time.perf_counter() - start
         if raw is not None:

@@ -28,7 +28,8 @@ class Slots:
     ``seed`` int64; ``frame`` (the next), ``past`` (positions in the talker's cache), ``prompt`` (positions before the
     first frame), ``n_text`` and ``alive`` int32; ``seen`` [B, V] uint8; ``first`` [B, 4] and ``residual`` [B, 4]
     float32: temperature, top-k, top-p and penalty. ``texts`` [B, S, D] with ``n_text`` rows each: one a frame,
-    the last for all later. ``codes`` [C, B, Q] int32: ENDED where a slot has stopped.
+    the last for all later. ``codes`` [C, B, Q] int32: ENDED where a slot has stopped. ``stops`` [C, B] float32: how
+    likely each slot was to end before that frame, before any knob.
     """
 
     seed: Tensor
@@ -42,6 +43,7 @@ class Slots:
     residual: Tensor
     texts: Tensor
     codes: Tensor
+    stops: Tensor
     total: Tensor
 
     @classmethod
@@ -63,6 +65,7 @@ class Slots:
             residual=torch.ones(n_slots, 4, device=table.device),
             texts=zeros(n_slots, n_lines, table.shape[1], dtype=table.dtype),
             codes=torch.full((capacity, n_slots, n_codebooks), ENDED, dtype=torch.int32, device=table.device),
+            stops=zeros(capacity, n_slots, dtype=torch.float32),
             total=zeros(n_slots, table.shape[1], dtype=torch.float32),
         )
 
@@ -71,7 +74,7 @@ def sample_first(
     logits: Tensor, slots: Slots, table: Tensor, projected: Tensor, x: Tensor, embedded: Tensor,
     *, stop_id: int, n_banned: int, min_frames: int, overlap: bool = False,
 ) -> None:  # fmt: skip
-    """Draws codebook 0 from ``logits`` [B, V], and with it whether a slot has stopped.
+    """Draws codebook 0 from ``logits`` [B, V], and with it whether a slot has stopped; stores how likely that was.
 
     Writes row ``code`` of ``projected`` [V, E] into ``x`` [B, E] and of ``table`` [V, D] into ``embedded`` [B, D].
     The last ``n_banned`` ids never come, but for ``stop_id`` from frame ``min_frames`` on.
@@ -79,8 +82,8 @@ def sample_first(
     n_slots, n_ids = logits.shape
     launch = {"launch_pdl": True} if overlap else {}
     _sample[(n_slots,)](
-        logits, slots.first, slots.seen, slots.seed, slots.frame, slots.alive, slots.codes, table, projected, x,
-        embedded, slots.total, slots.texts, slots.n_text, slots.past, slots.prompt,
+        logits, slots.first, slots.seen, slots.seed, slots.frame, slots.alive, slots.codes, slots.stops, table,
+        projected, x, embedded, slots.total, slots.texts, slots.n_text, slots.past, slots.prompt,
         slots.texts.shape[1], slots.codes.shape[0], 0, stop_id,
         n_ids - n_banned, min_frames,
         V=n_ids, Q=slots.codes.shape[2], D=table.shape[1], E=x.shape[1], FIRST=True, LAST=False,
@@ -102,8 +105,8 @@ def sample_residual(
     n_slots, n_ids = logits.shape
     launch = {"launch_pdl": True} if overlap else {}
     _sample[(n_slots,)](
-        logits, slots.residual, slots.seen, slots.seed, slots.frame, slots.alive, slots.codes, table, projected, x,
-        embedded, slots.total, slots.texts, slots.n_text, slots.past, slots.prompt,
+        logits, slots.residual, slots.seen, slots.seed, slots.frame, slots.alive, slots.codes, slots.stops, table,
+        projected, x, embedded, slots.total, slots.texts, slots.n_text, slots.past, slots.prompt,
         slots.texts.shape[1], slots.codes.shape[0], codebook, 0,
         n_ids, 0,
         V=n_ids, Q=slots.codes.shape[2], D=table.shape[1], E=x.shape[1], FIRST=False,
@@ -195,8 +198,8 @@ def _drawn(scores, inside, ids, temperature, top_k, top_p, uniform):
 # One program for all codebooks between the first and the last: each variant is a compilation of its own.
 @triton.jit(do_not_specialize=["codebook", "stop_id", "n_free", "min_frames"])
 def _sample(
-    logits, knobs, seen, seeds, frames, lives, codes, table, projected, x, embedded, total, texts, n_texts, past,
-    prompts, n_lines, capacity, codebook, stop_id, n_free, min_frames,
+    logits, knobs, seen, seeds, frames, lives, codes, stops, table, projected, x, embedded, total, texts, n_texts,
+    past, prompts, n_lines, capacity, codebook, stop_id, n_free, min_frames,
     V: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, E: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +211,10 @@ def _sample(
     ids = tl.arange(0, BLOCK_V)
     inside = ids < V
     scores = tl.load(logits + slot * V + ids, mask=inside, other=-float("inf")).to(tl.float32)
+    at_frame = tl.minimum(frame, capacity - 1) * n_slots + slot
     if FIRST:
+        mass = tl.exp(scores - tl.max(scores, 0))
+        tl.store(stops + at_frame, tl.sum(tl.where(ids == stop_id, mass, 0.0), 0) / tl.sum(mass, 0))
         old = tl.load(seen + slot * V + ids, mask=inside, other=0) > 0
         scores = tl.where(old, tl.where(scores < 0, scores * penalty, scores / penalty), scores)
         inside = inside & ((ids < n_free) | ((ids == stop_id) & (frame >= min_frames)))
@@ -228,8 +234,7 @@ def _sample(
         # A stopped slot goes on with any code: nobody reads it.
         code = tl.where(alive != 0, code, 0)
     spoken = tl.where(alive != 0, code, _ENDED)
-    at_code = (tl.minimum(frame, capacity - 1) * n_slots + slot) * Q + codebook
-    tl.store(codes + at_code, spoken)
+    tl.store(codes + at_frame * Q + codebook, spoken)
 
     col = tl.arange(0, BLOCK_D)
     wide = col < D
@@ -238,14 +243,15 @@ def _sample(
         tl.store(embedded + slot * D + col, row, mask=wide)
     else:
         value = row.to(tl.float32)
-        value += tl.load(total + slot * D + col, mask=wide & (codebook > 1), other=0.0)
+        given = tl.load(total + slot * D + col, mask=wide, other=0.0)
+        value += tl.where(codebook > 1, given, 0.0)
         if not LAST:
             tl.store(total + slot * D + col, value, mask=wide)
         else:
             # Rounded where the model rounds: the sum of the residuals, then each of the two additions.
             dtype = embedded.dtype.element_ty
-            given = tl.load(embedded + slot * D + col, mask=wide, other=0.0).to(tl.float32)
-            value = (given + value.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+            first = tl.load(embedded + slot * D + col, mask=wide, other=0.0).to(tl.float32)
+            value = (first + value.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
             line = tl.minimum(frame, tl.load(n_texts + slot) - 1)
             text = tl.load(texts + (slot.to(tl.int64) * n_lines + line) * D + col, mask=wide, other=0.0)
             tl.store(embedded + slot * D + col, (value + text.to(tl.float32)).to(dtype), mask=wide)

@@ -47,10 +47,15 @@ class Predictor(nn.Module):
 
         ``hidden`` [N, D] is the talker's, ``first`` [N, D] the embedding of codebook 0, ``codes`` [N, Q-1] the rest.
         """
+        x = self.model(self.inputs(hidden, first, codes))
+        return torch.stack([head(x[:, i + 1]) for i, head in enumerate(self.lm_head)], dim=1)
+
+    def inputs(self, hidden: Tensor, first: Tensor, codes: Tensor) -> Tensor:
+        """What the first layer reads of N whole frames (see ``force``), [N, Q, D']."""
         tables = list(self.model.codec_embedding)[:-1]
         given = [table(codes[:, i]) for i, table in enumerate(tables)]
-        x = self.model(self.small_to_mtp_projection(torch.stack([hidden, first, *given], dim=1)))
-        return torch.stack([head(x[:, i + 1]) for i, head in enumerate(self.lm_head)], dim=1)
+        out: Tensor = self.small_to_mtp_projection(torch.stack([hidden, first, *given], dim=1))
+        return out
 
     def cache(self, batch: int, like: Tensor) -> KVCache:
         """A cache for one frame of ``batch`` rows; clear it before the next."""

@@ -49,7 +49,11 @@ class Talker(nn.Module):
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Talker inputs [..., D] of the text ``ids`` [...]."""
-        out: Tensor = self.text_projection(self.model.text_embedding(ids))
+        table = self.model.text_embedding
+        # Where memory is short the table stays on the host; in INT8 it has buffers alone.
+        home = next(iter((*table.parameters(), *table.buffers()))).device
+        rows = table(ids.to(home)).to(ids.device)
+        out: Tensor = self.text_projection(rows)
         return out
 
     def embed_codec(self, ids: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,13 @@ from quaver.checkpoint import Checkpoint, Spec
 from quaver.config import SUPPRESSED_IDS, ModelConfig, read_json
 from quaver.errors import CheckpointError, RecipeError, VoiceError
 from quaver.int4 import Int4Linear
+from quaver.int8 import Int8Embedding, Int8Linear
 from quaver.model import speaker as speaker_encoder
 from quaver.model.codec_encoder import Codec
+from quaver.model.filling import PACKED_SUFFIXES, Place, fill
 from quaver.model.speaker import SpeakerEncoder
 from quaver.model.talker import Talker
+from quaver.model.visiting import Visiting
 from quaver.sampling import Sampling
 from quaver.text import Tokenizer, check_text
 from quaver.voice import Voice
@@ -33,7 +36,9 @@ Layout = Literal["stream", "whole"]
 
 _SPEAKER = "speaker_encoder."
 _FLOAT32_ON_CPU_BYTES = 1_000_000_000
-INT4_SUFFIXES = (".qweight", ".qzeros", ".scales")
+TEXT_EMBEDDING = "talker.model.text_embedding"
+LAYERS = "talker.model.layers"
+"""Before the names of the talker's layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,10 @@ class Defaults:
 
 
 class Model(nn.Module):
-    """The modules of ``model.safetensors`` under their checkpoint names, with INT4 linears where it is quantized."""
+    """The modules of ``model.safetensors`` under their checkpoint names, in INT4 and INT8 where it is quantized.
+
+    Its names, shapes and types say how each tensor is stored: writing, reading and planning all follow it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -97,13 +105,36 @@ class Model(nn.Module):
             if speaker is None:
                 raise CheckpointError("config.json: a base model needs speaker_encoder_config")
             self.speaker_encoder = SpeakerEncoder(speaker)
-        if config.quantization_config is not None:
-            kept = config.quantization_config.modules_to_not_convert
-            for name, module in list(self.named_modules()):
-                if isinstance(module, nn.Linear) and not any(part in name for part in kept):
-                    parent, _, leaf = name.rpartition(".")
-                    linear = Int4Linear(module.in_features, module.out_features, bias=module.bias is not None)
-                    setattr(self.get_submodule(parent), leaf, linear)
+        own, in_int8 = config.quaver, set[str]()
+        for name, module in list(self.named_modules()):
+            stored = _as_stored(name, module, config)
+            if stored is not module:
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(parent), leaf, stored)
+                in_int8 |= {name} if isinstance(stored, Int8Linear | Int8Embedding) else set()
+        for part in own.int8 if own is not None else ():
+            if not any(f"{name}.".startswith(f"{part}.") for name in in_int8):
+                raise CheckpointError(f"config.json: quaver.int8 names {part}, where this model has no matrix")
+
+
+def _as_stored(name: str, module: nn.Module, config: ModelConfig) -> nn.Module:
+    """What stands for ``module`` in a model of ``config``: itself, or its form in INT4 or INT8.
+
+    Raises CheckpointError for a linear that the configuration has in both.
+    """
+    awq, own = config.quantization_config, config.quaver
+    in_int8 = own is not None and own.holds(name)
+    if isinstance(module, nn.Linear):
+        in_int4 = awq is not None and not any(part in name for part in awq.modules_to_not_convert)
+        if in_int4 and in_int8:
+            raise CheckpointError(f"config.json: {name} is in quaver.int8, and modules_to_not_convert leaves it out")
+        if in_int4 or in_int8:
+            kind = Int4Linear if in_int4 else Int8Linear
+            return kind(module.in_features, module.out_features, bias=module.bias is not None)
+    if isinstance(module, nn.Embedding) and in_int8:
+        n_rows = own.text_rows if own is not None and name == TEXT_EMBEDDING else None
+        return Int8Embedding(n_rows or module.num_embeddings, module.embedding_dim, pruned=n_rows is not None)
+    return module
 
 
 class TTS:
@@ -128,27 +159,37 @@ class TTS:
         codec: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        room_bytes: int | None = None,
     ) -> TTS:
         """The model in a folder, of a hub id, of a name that ships with quaver, or of an opened checkpoint.
 
         ``dtype`` is what its floats become; by default as stored, but float32 on a CPU where that stays under 1 GB.
-        Weights stream: one tensor at a time, each read once. Raises CheckpointError for a missing, left-over,
+        Where the talker's layers take more than ``room_bytes``, they stay in their files and visit the device one after
+        the other at each step, and the text embedding and the codec stay on the host: for codes, not for sound, in
+        little memory. The values are the same.
+        Weights stream: one tensor at a time, each checked once. Raises CheckpointError for a missing, left-over,
         mis-shaped or non-finite tensor, by name.
         """
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, codec=codec)
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RecipeError("no CUDA device is available here: use --device cpu")
+        device = require_device(device)
         dtype = dtype or _default_dtype(checkpoint.specs, device)
         with torch.device("meta"):
             model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
         where = str(checkpoint.path)
-        _fill(model, checkpoint.tensors(), where, device, dtype)
+        visits = room_bytes is not None and _layers_bytes(checkpoint.specs, dtype) > room_bytes
+        place = _sparing(device) if visits else lambda _: device
+        fill(model, checkpoint.tensors(), where, place, dtype)
         # Half-precision codecs overflow in places: sound is made in float32 until that is measured.
-        _fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), device, torch.float32)
+        fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), place, torch.float32)
+        if visits:
+            decoder, type_ = model.talker.model, model.talker.codec_head.weight.dtype
+            decoder.layers = Visiting(checkpoint.config.talker_config, checkpoint.specs, LAYERS, device, type_)
         for module in model.modules():
             if isinstance(module, Int4Linear):
                 module.prepare(model.talker.codec_head.weight.dtype)
+            elif isinstance(module, Int8Embedding):
+                module.dtype = model.talker.codec_head.weight.dtype
+        _check_kept(model.talker.model.text_embedding, checkpoint)
         return cls(checkpoint, model.eval(), sound.eval(), Tokenizer.load(checkpoint.path))
 
     @torch.inference_mode()
@@ -271,7 +312,13 @@ class TTS:
         return banned
 
     def _text(self, ids: Sequence[int]) -> Tensor:
-        return self.talker.embed_text(torch.tensor(ids, dtype=torch.long, device=self.device))
+        wanted, table = torch.tensor(ids, dtype=torch.long, device=self.device), self.talker.model.text_embedding
+        if isinstance(table, Int8Embedding) and len(pruned := table.pruned(wanted)):
+            raise RecipeError(
+                f"this model has lost its text embedding of {self.tokenizer.text_of(int(pruned[0]))!r}: it was pruned "
+                "to some languages (see its provenance.json); say it otherwise, or take a model that was not pruned"
+            )
+        return self.talker.embed_text(wanted)
 
     def _codec(self, ids: Sequence[int]) -> Tensor:
         return self.talker.embed_codec(torch.tensor(ids, dtype=torch.long, device=self.device))
@@ -339,8 +386,16 @@ def load_speaker_encoder(checkpoint: Checkpoint) -> SpeakerEncoder | None:
         encoder = SpeakerEncoder(config)
     stored = checkpoint.tensors(_SPEAKER)
     tensors = ((name.removeprefix(_SPEAKER), tensor) for name, tensor in stored)
-    _fill(encoder, tensors, str(checkpoint.path), torch.device("cpu"), torch.float32)
+    fill(encoder, tensors, str(checkpoint.path), lambda _: torch.device("cpu"), torch.float32)
     return encoder.eval()
+
+
+def require_device(device: str | torch.device) -> torch.device:
+    """``device`` as PyTorch's. Raises RecipeError for one that is not here."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("no CUDA device is available here: use --device cpu")
+    return device
 
 
 def references() -> dict[str, Path]:
@@ -366,7 +421,7 @@ def memory_bytes(
             if device.type == "cpu" and name.endswith((".qzeros", ".scales")):
                 # The CPU's layout folds the zero points into a second row of scales.
                 sizes[name] = 0 if name.endswith(".qzeros") else 2 * spec.n_bytes
-            elif dtype is None or not spec.dtype.is_floating_point or name.endswith(INT4_SUFFIXES):
+            elif dtype is None or not spec.dtype.is_floating_point or name.endswith(PACKED_SUFFIXES):
                 sizes[name] = spec.n_bytes
             else:
                 sizes[name] = spec.n_elements * dtype.itemsize
@@ -374,46 +429,41 @@ def memory_bytes(
 
 
 def _default_dtype(specs: Mapping[str, Spec], device: torch.device) -> torch.dtype | None:
-    """Float32 for a small unquantized model on a CPU; else as stored, in which PyTorch's int4 operator is fast."""
-    if device.type != "cpu" or any(name.endswith(INT4_SUFFIXES) for name in specs):
+    """Float32 for a small unquantized model on a CPU; else as stored, in which PyTorch's operators are fast."""
+    if device.type != "cpu" or any(name.endswith(PACKED_SUFFIXES) for name in specs):
         return None
     n_values = sum(spec.n_elements for spec in specs.values())
     return torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
 
 
-def _fill(module: nn.Module, tensors: Any, where: str, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Gives every parameter and buffer of the meta-device ``module`` its tensor. Raises CheckpointError."""
-    wanted = module.state_dict()
-    missing = dict.fromkeys(wanted)
-    for name, stored in tensors:
-        if name not in wanted:
-            raise CheckpointError(f"{where}: tensor {name} is left over: this architecture has none of that name")
-        if stored.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{where}: tensor {name} has shape {tuple(stored.shape)}, "
-                f"the configuration says {tuple(wanted[name].shape)}"
-            )
-        parent, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(parent)
-        if stored.is_floating_point() and stored.numel():
-            _check_finite(stored, name, where)
-        plain = stored.is_floating_point() and not isinstance(owner, Int4Linear)
-        tensor = stored.to(device, dtype if plain else None)
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
-        del missing[name]
-    if missing:
-        name = next(iter(missing))
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where}: tensor {name} is missing{more}")
+def _layers_bytes(specs: Mapping[str, Spec], dtype: torch.dtype | None) -> int:
+    """What the talker's layers take in memory as ``dtype``, or as stored."""
+    layers = (spec for name, spec in specs.items() if name.startswith(f"{LAYERS}."))
+    return sum(spec.n_elements * dtype.itemsize if dtype else spec.n_bytes for spec in layers)
 
 
-def _check_finite(tensor: Tensor, name: str, where: str) -> None:
-    # Both extremes carry NaN and infinity along, and finding them takes no memory beside the tensor.
-    low, high = tensor.aminmax()
-    if low.isfinite() and high.isfinite():
+def _sparing(device: torch.device) -> Place:
+    """Where each tensor goes when memory is short: to ``device`` what every step of the talker calls for."""
+    rare = ("talker.model.text_embedding.", "encoder.", "decoder.")
+
+    def place(name: str) -> torch.device | None:
+        if name.startswith(f"{LAYERS}."):
+            return None
+        return torch.device("cpu") if name.startswith(rare) else device
+
+    return place
+
+
+def _check_kept(table: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError unless the ids whose rows ``table`` kept are ids of the model, in order, each once."""
+    if not isinstance(table, Int8Embedding) or table.kept_ids is None:
         return
-    n_bad = int((~tensor.isfinite()).sum())
-    raise CheckpointError(f"{where}: tensor {name} has {n_bad} values that are NaN or infinite")
+    n_ids = checkpoint.config.talker_config.text_vocab_size
+    steps, (low, high) = table.kept_ids.diff(), table.kept_ids.aminmax()
+    if bool((steps <= 0).any()) or low < 0 or high >= n_ids:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {TEXT_EMBEDDING}.kept_ids must hold ids below {n_ids} in order, each once"
+        )
 
 
 def _defaults(path: Path) -> Defaults:
