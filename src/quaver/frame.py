@@ -6,7 +6,7 @@ one utterance: it has its own position, knobs, seed and end, so that utterances 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from quaver.config import SUPPRESSED_IDS, DecoderConfig
 from quaver.int4 import Int4Linear
 from quaver.kernels.attention import Heads, Splits, attend
 from quaver.kernels.linear import Matrix, linear
-from quaver.kernels.persistent import MOST_SLOTS, MOST_SPLITS, Persistent
+from quaver.kernels.persistent import MOST_KEPT, Persistent
 from quaver.kernels.sampler import Slots, sample_first, sample_residual
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.tts import TTS, Prompt
@@ -27,7 +27,7 @@ _MOST_SPLITS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """A decoder layer's fused weights, in the order in which they are read."""
 
     before_attention: Tensor
@@ -40,7 +40,7 @@ class _Layer:
     down: Matrix
 
     @classmethod
-    def of(cls, layer: DecoderLayer) -> _Layer:
+    def of(cls, layer: DecoderLayer) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
             layer.input_layernorm.weight,
@@ -66,8 +66,8 @@ class Weights:
         # The modules outlive whatever inference mode this is called in.
         with torch.inference_mode(False), torch.no_grad():
             self.tts = tts
-            self.talker = [_Layer.of(layer) for layer in _layers(talker.model)]
-            self.predictor = [_Layer.of(layer) for layer in _layers(predictor.model)]
+            self.talker = [Layer.of(layer) for layer in _layers(talker.model)]
+            self.predictor = [Layer.of(layer) for layer in _layers(predictor.model)]
             self.codec_head = Matrix.of(_linear(talker.codec_head))
             self.heads = [Matrix.of(_linear(head)) for head in predictor.lm_head]
             project = predictor.small_to_mtp_projection
@@ -84,7 +84,7 @@ class Weights:
     def frame_bytes(self) -> int:
         """What one frame reads of them, in bytes: the talker once, the predictor's layers for each residual code."""
 
-        def layers(stack: list[_Layer]) -> int:
+        def layers(stack: list[Layer]) -> int:
             return sum(m.n_bytes for layer in stack for m in (layer.qkv, layer.o, layer.gate_up, layer.down))
 
         heads = sum(matrix.n_bytes for matrix in (self.codec_head, *self.heads))
@@ -92,11 +92,11 @@ class Weights:
         return layers(self.talker) + len(self.heads) * layers(self.predictor) + heads + projection
 
 
-class _Stack:
+class Stack:
     """A decoder stack at work on up to ``n_rows`` rows: its cache [L, B, G, C, d] and the room between the kernels."""
 
     def __init__(
-        self, layers: list[_Layer], config: DecoderConfig, n_slots: int, n_rows: int, capacity: int, like: Tensor
+        self, layers: list[Layer], config: DecoderConfig, n_slots: int, n_rows: int, capacity: int, like: Tensor
     ) -> None:
         self.layers, self.config = layers, config
         d, n_heads, n_key_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
@@ -125,13 +125,16 @@ class _Stack:
 
 
 class FrameGraph:
-    """B slots that speak a frame a step; on a GPU the step is one captured graph.
+    """B slots that speak a frame a step; on a GPU the step is one kernel or one captured graph.
 
     ``capacity``: positions of a slot's cache, prompt and frames together; ``n_lines``: rows of text it can hold.
-    ``overlap`` lets each kernel ask for its weights while the one before it ends (needs compute capability 9.0).
+    The kernel (frame.cu) is taken where it fits, see ``kernels.persistent``; ``whole`` false: the graph in any case.
+    ``overlap`` lets each of its kernels ask for its weights while the one before it ends (compute capability 9.0).
     """
 
-    def __init__(self, weights: Weights, n_slots: int, capacity: int, n_lines: int, *, overlap: bool = False) -> None:
+    def __init__(
+        self, weights: Weights, n_slots: int, capacity: int, n_lines: int, *, overlap: bool = False, whole: bool = True
+    ) -> None:
         self.weights, self.capacity, self.n_slots, self.n_lines = weights, capacity, n_slots, n_lines
         self._overlap = overlap
         tts = weights.tts
@@ -140,9 +143,9 @@ class FrameGraph:
         table = weights.tables[0]
         n_codebooks = config.num_code_groups
         self.slots = Slots.of(n_slots, capacity, n_lines, config.vocab_size, n_codebooks, table)
-        self._talker = _Stack(weights.talker, config, n_slots, n_slots, capacity, table)
-        self._predictor = _Stack(weights.predictor, small, n_slots, 2 * n_slots, n_codebooks, table)
-        self._hidden = table.new_zeros(n_slots, config.hidden_size)
+        self._talker = Stack(weights.talker, config, n_slots, n_slots, capacity, table)
+        self._predictor = Stack(weights.predictor, small, n_slots, 2 * n_slots, n_codebooks, table)
+        self.hidden = table.new_zeros(n_slots, config.hidden_size)
         self._embedded = table.new_zeros(n_slots, config.hidden_size)
         # Two positions begin the predictor's sequence: all slots' hidden states, then all slots' first codes.
         self._pair = table.new_zeros(2 * n_slots, small.hidden_size)
@@ -151,7 +154,10 @@ class FrameGraph:
         self._logits = table.new_zeros(n_slots, small.vocab_size)
         ramp = torch.arange(n_codebooks, dtype=torch.int32, device=table.device)
         self._past = ramp[:, None].repeat(1, n_slots)
-        self._graph = self._capture() if table.is_cuda else None
+        self._kernel = self.kernel() if whole else None
+        # The slots whose knobs ask for more than the kernel can.
+        self._demanding: set[int] = set()
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
     def join(self, slot: int, prompt: Prompt, seed: int, sampling: Sampling, residual: Sampling) -> None:
@@ -160,7 +166,7 @@ class FrameGraph:
         n_prompt, n_text = len(prompt.embeds), min(len(prompt.tail), self.n_lines)
         assert n_prompt < self.capacity, "the prompt is longer than the slot"
         cache = KVCache(tts.config.talker_config, 1, n_prompt, prompt.embeds)
-        self._hidden[slot] = tts.talker.hidden(prompt.embeds[None], cache)[0, -1]
+        self.hidden[slot] = tts.talker.hidden(prompt.embeds[None], cache)[0, -1]
         self._talker.keys[:, slot, :, :n_prompt] = cache.keys[:, 0]
         self._talker.values[:, slot, :, :n_prompt] = cache.values[:, 0]
         slots.texts[slot, :n_text] = prompt.tail[:n_text]
@@ -178,6 +184,9 @@ class FrameGraph:
         """Sets the knobs of ``slot`` from its next frame on."""
         for knobs, given in ((self.slots.first, sampling), (self.slots.residual, residual)):
             knobs[slot] = torch.tensor([given.temperature, given.top_k, given.top_p, given.penalty])
+        self._demanding.discard(slot)
+        if any(given.temperature > 0 and not 0 < given.top_k <= MOST_KEPT for given in (sampling, residual)):
+            self._demanding.add(slot)
 
     @torch.inference_mode()
     def leave(self, slot: int) -> None:
@@ -187,19 +196,35 @@ class FrameGraph:
     @torch.inference_mode()
     def step(self) -> None:
         """Speaks the next frame of every slot: row ``frame`` of ``codes`` and ``stops``. Returns before the GPU has."""
-        if self._graph is None:
-            self._enqueue()
-        else:
+        if self._kernel is not None and not self._demanding:
+            self._kernel()
+        elif self.hidden.is_cuda:
+            self._graph = self._graph or self._capture()
             self._graph.replay()
+        else:
+            self._enqueue()
+
+    @property
+    def stacks(self) -> tuple[Stack, Stack]:
+        """The talker and the predictor at work."""
+        return self._talker, self._predictor
+
+    def kernel(self, traced: int = 0) -> Persistent | None:
+        """The kernel that takes a step of this at once, None where it does not fit; ``traced``: see there."""
+        return Persistent.of(self.weights, self.slots, *self.stacks, self.hidden, traced)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        # Kernels are compiled and libraries woken by a first run; idle slots say nothing.
+        # Kernels are compiled and libraries woken by a first run, which is taken back.
+        state = [*(getattr(self.slots, field.name) for field in fields(self.slots)), self.hidden]
+        kept = [tensor.clone() for tensor in state]
         with torch.inference_mode():
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._enqueue()
             torch.cuda.current_stream().wait_stream(side)
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -210,15 +235,15 @@ class FrameGraph:
         """One frame, kernel by kernel: codes from the hidden states, then the hidden states of the next frame."""
         weights, slots, n, on = self.weights, self.slots, self.n_slots, self._overlap
         config = weights.tts.config.talker_config
-        linear(self._hidden, weights.codec_head, self._first_logits, overlap=on)
+        linear(self.hidden, weights.codec_head, self._first_logits, overlap=on)
         sample_first(
             self._first_logits, slots, weights.tables[0], weights.projected[0], self._pair[n:], self._embedded,
             stop_id=config.codec_eos_token_id, n_banned=SUPPRESSED_IDS, min_frames=MIN_FRAMES, overlap=on,
         )  # fmt: skip
         if weights.projection is None:
-            self._pair[:n].copy_(self._hidden)
+            self._pair[:n].copy_(self.hidden)
         else:
-            linear(self._hidden, weights.projection, self._pair[:n], overlap=on)
+            linear(self.hidden, weights.projection, self._pair[:n], overlap=on)
         small = weights.tts.talker.code_predictor.model
         gain, eps = small.norm.weight, small.norm.eps
         x, last = self._pair, config.num_code_groups - 1
@@ -231,79 +256,7 @@ class FrameGraph:
                 weights.projected[min(codebook, last - 1)], x, self._embedded, overlap=on,
             )  # fmt: skip
         self._talker.run(self._embedded, slots.past, on)
-        self._hidden.copy_(weights.tts.talker.model.norm(self._embedded))
-
-
-def persistent(frame: Frame, traced: int = 0) -> Persistent | None:
-    """The kernel that does all of ``frame``'s step at once; None where the model's shapes or its storage do not fit."""
-    weights, slots = frame.weights, frame.slots
-    tts = weights.tts
-    config = tts.config.talker_config
-    small = config.code_predictor_config
-    stacks = (frame._talker, frame._predictor)
-    kinds = [
-        {getattr(layer, name).lanes is not None for layer in stack.layers for name in ("qkv", "o", "gate_up", "down")}
-        for stack in stacks
-    ]
-    if frame.n_slots > MOST_SLOTS or any(len(kind) > 1 for kind in kinds) or slots.texts.dtype != torch.bfloat16:
-        return None
-    wide, device, n = weights.tables[0], weights.tables[0].device, frame.n_slots
-    stream = [
-        weights.codec_head,
-        *([] if weights.projection is None else [weights.projection]),
-        *(getattr(layer, name) for layer in weights.predictor for name in ("qkv", "o", "gate_up", "down")),
-        *weights.heads,
-        *(getattr(layer, name) for layer in weights.talker for name in ("qkv", "o", "gate_up", "down")),
-    ]
-
-    def gains(layers: list[_Layer], last: Tensor) -> Tensor:
-        each = ((l.before_attention, l.query_gain, l.key_gain, l.before_mlp) for l in layers)
-        return torch.cat([gain.detach() for layer in each for gain in layer] + [last.detach()])
-
-    bias = None if weights.projection is None else weights.projection.bias
-
-    def words(n: int) -> Tensor:
-        return torch.zeros(n, dtype=torch.int64, device=device)
-
-    def heads_width(of: DecoderConfig) -> int:
-        return (of.num_attention_heads + 2 * of.num_key_value_heads) * of.head_dim
-
-    tensors = {
-        "gains": gains(weights.talker, tts.talker.model.norm.weight),
-        "small_gains": gains(weights.predictor, tts.talker.code_predictor.model.norm.weight),
-        "projection_bias": wide if bias is None else bias,
-        "keys": stacks[0].keys, "values": stacks[0].values,
-        "small_keys": stacks[1].keys, "small_values": stacks[1].values,
-        "cos": stacks[0].cos, "sin": stacks[0].sin, "small_cos": stacks[1].cos, "small_sin": stacks[1].sin,
-        "seed": slots.seed, "frame": slots.frame, "past": slots.past, "prompt": slots.prompt, "n_text": slots.n_text,
-        "alive": slots.alive, "seen": slots.seen, "first": slots.first, "residual": slots.residual,
-        "texts": slots.texts, "codes": slots.codes, "stops": wide.new_zeros(frame.capacity, n, dtype=torch.float32),
-        "hidden": frame._hidden,
-        "boxes": words(4 * 2 * n * max(
-            heads_width(config), heads_width(small), config.intermediate_size, small.intermediate_size,
-            config.vocab_size, config.hidden_size, small.hidden_size,
-        ) // 2),
-        "parts": words(n * config.num_attention_heads * MOST_SPLITS * config.head_dim),
-        "part_weights": words(n * config.num_attention_heads * MOST_SPLITS * 2),
-        "exchange": words(1), "trace": words(8192 if traced else 1),
-    }  # fmt: skip
-    shapes = {
-        "SLOTS": n, "D": config.hidden_size, "I": config.intermediate_size, "H": config.num_attention_heads,
-        "G": config.num_key_value_heads, "L": config.num_hidden_layers, "E": small.hidden_size,
-        "J": small.intermediate_size, "PH": small.num_attention_heads, "PG": small.num_key_value_heads,
-        "PL": small.num_hidden_layers, "V": config.vocab_size, "W": small.vocab_size, "Q": config.num_code_groups,
-        "CAPACITY": frame.capacity, "LINES": frame.n_lines,
-        "TALKER_INT4": kinds[0] == {True}, "PREDICTOR_INT4": kinds[1] == {True},
-        "PROJECTED": weights.projection is not None, "TRACED": traced,
-    }  # fmt: skip
-    numbers = {
-        "eps": config.rms_norm_eps, "small_eps": small.rms_norm_eps, "stop_id": config.codec_eos_token_id,
-        "n_banned": SUPPRESSED_IDS,
-    }  # fmt: skip
-    held = [
-        (m.lanes.packed, m.lanes.scales, m.lanes.zeros) if m.lanes is not None else (m.dense, None, None) for m in stream
-    ]
-    return Persistent(shapes, tensors, numbers, [weights.tables, weights.projected, *held])
+        self.hidden.copy_(weights.tts.talker.model.norm(self._embedded))
 
 
 def _layers(decoder: Decoder) -> list[DecoderLayer]:

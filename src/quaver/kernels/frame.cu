@@ -11,12 +11,7 @@
 //
 // Constants that persistent.py puts above: GRID blocks; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
 // heads, layers of the talker; E, J, PH, PG, PL of the predictor; V, W ids of the first and of the other codebooks;
-// Q codebooks; CAPACITY positions; LINES of text; MOST_SPLITS shares of a cache; TALKER_INT4, PREDICTOR_INT4, PROJECTED.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef unsigned char u8;
+// Q codebooks; MOST_SPLITS shares of a cache; TALKER_INT4, PREDICTOR_INT4, PROJECTED.
 
 constexpr int HD = 128, GROUP = 128;
 constexpr int WARPS = 16, WORKERS = 32 * WARPS;
@@ -95,7 +90,7 @@ struct Arguments {
   const u16* gains;               // [layers][before attention, of a query, of a key, before the MLP], the talker's
   const u16* small_gains;         // and the predictor's; behind the last layer's stands the norm after all of them
   const u16* projection_bias;
-  u16* keys; u16* values;         // the talker's cache [L, SLOTS, G, CAPACITY, d]
+  u16* keys; u16* values;         // the talker's cache [L, SLOTS, G, capacity, d]
   u16* small_keys; u16* small_values;  // the predictor's [PL, SLOTS, PG, Q, d]
   const u16* cos; const u16* sin; const u16* small_cos; const u16* small_sin;  // [positions, d / 2]
   const u64* seed; int* frame; int* past; const int* prompt; const int* n_text; int* alive; u8* seen;
@@ -107,7 +102,7 @@ struct Arguments {
   u32* exchange;                  // how many exchanges there were before this frame
   u64* trace;
   float eps, small_eps;
-  int stop_id, n_banned;
+  int stop_id, n_banned, capacity, n_lines;  // positions of a slot's cache, rows of its text
   const u16* tables[Q];           // embeddings [V or W, D]
   const u16* projected[Q - 1];    // what the predictor reads of them [V or W, E]
   Weight stream[WEIGHTS];         // in the order in which a frame reads them; the predictor's layers once
@@ -139,39 +134,17 @@ struct Shared {
 };
 constexpr int RING = lesser(MOST_RING, (MOST_SHARED - (int)sizeof(Shared)) / RING_SLOT);
 static_assert(RING >= 4, "the model's rows leave no room for its weights");
-extern __shared__ __align__(128) u8 memory[];  // the ring, then what is shared
+// ``memory`` is the block's shared memory: the ring, then this.
 #define s (*(Shared*)(memory + RING * RING_SLOT))
 #define given (s.arguments)
 
-// ---- bits of PTX ----
+// ---- numbers ----
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ float bf_low(u32 x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float bf_high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
-__device__ __forceinline__ u32 two_bf(float low, float high) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
 __device__ __forceinline__ float rounded(float x) { return bf_low(two_bf(x, 0.f)); }
-__device__ __forceinline__ float half(u16 x) {
-  float r;
-  asm("{.reg .f16 h; mov.b16 h, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "h"(x));
-  return r;
-}
-// Not from the first-level cache: another block may have written it while the kernel runs.
-__device__ __forceinline__ uint2 load8(const void* p) {
-  uint2 r;
-  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p) : "memory");
-  return r;
-}
-__device__ __forceinline__ void barrier(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 __device__ __forceinline__ void workers_meet() { barrier(1, WORKERS); }
 
-__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
@@ -186,40 +159,22 @@ __device__ __forceinline__ float dot(const float (&p)[4], const float (&q)[4]) {
 }
 // An error is better than a GPU that never comes back.
 __device__ __forceinline__ void give_up(u32 tries) {
-  if (tries > MOST_TRIES) asm volatile("trap;");
+  if (tries > MOST_TRIES) trap();
 }
 
 // The moments of one block's frame, where they are asked for: 1 rows are ready, 2 sent, 3 drawn, 4 and 5 attended.
 __device__ __forceinline__ void mark(int what) {
   if (TRACED && blockIdx.x == TRACED - 1 && threadIdx.x == 0) {
     u64* at = given.trace + 4 * s.n_marks++;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(at[3]) :: "memory");
-    at[0] = (u64)clock64(), at[1] = what, at[2] = s.ring_waits;
+    at[0] = (u64)clock64(), at[1] = what, at[2] = s.ring_waits, at[3] = nanoseconds();
   }
 }
 
 // ---- the ring ----
 
 __device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
-  u32 passed, tries = 0;
-  do {
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-        : "=r"(passed) : "r"(shared_address(gate)), "r"(parity) : "memory");
-    give_up(++tries);
-  } while (!passed);
-}
-__device__ __forceinline__ void arrive(u64* gate) {
-  asm volatile("{.reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0];}" ::"r"(shared_address(gate)) : "memory");
-}
-__device__ __forceinline__ void expect(u64* gate, u32 n_bytes) {
-  asm volatile("{.reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1;}"
-               ::"r"(shared_address(gate)), "r"(n_bytes) : "memory");
-}
-__device__ __forceinline__ void fetch(void* to, const void* from, u32 n_bytes, u64* gate, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-      ::"r"(shared_address(to)), "l"(from), "r"(n_bytes), "r"(shared_address(gate)), "l"(policy) : "memory");
+  u32 tries = 0;
+  while (!passed(gate, parity)) give_up(++tries);
 }
 
 struct Place {
@@ -283,12 +238,10 @@ constexpr int BOXES = 4;
 constexpr int BOX = greater(greater(greater(QKV_N, I), greater(V, D)) * SLOTS, greater(SMALL_QKV_N, greater(J, E)) * COLS) / 2;
 
 __device__ __forceinline__ void send(u32 number, int pair, u32 what) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};"
-               ::"l"(given.boxes + (number % BOXES) * BOX + pair), "r"(what), "r"(number) : "memory");
+  store(given.boxes + (number % BOXES) * BOX + pair, make_uint2(what, number));
 }
 __device__ __forceinline__ void send_floats(u64* to, u32 number, float x, float y) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %2};"
-               ::"l"(to), "r"(__float_as_uint(x)), "r"(number), "r"(__float_as_uint(y)) : "memory");
+  store(to, make_uint4(__float_as_uint(x), number, __float_as_uint(y), number));
 }
 // Waits for M times eight bytes, all asked for at once; those that are not wanted are left as they are.
 template <int M>
@@ -300,9 +253,10 @@ __device__ __forceinline__ void receive(uint2 (&got)[M], const u64* const (&from
 #pragma unroll
     for (int i = 0; i < M; ++i) {
       m[i] = n[i] = number;
-      if (wanted[i])
-        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(got[i].x), "=r"(m[i]), "=r"(got[i].y), "=r"(n[i]) : "l"(from[i]) : "memory");
+      if (wanted[i]) {
+        const uint4 now = load16(from[i]);
+        got[i] = make_uint2(now.x, now.z), m[i] = now.y, n[i] = now.w;
+      }
     }
     there = true;
 #pragma unroll
@@ -495,7 +449,7 @@ __device__ __noinline__ void stage(int k, int columns, u32 number) {
 __device__ __forceinline__ uint2 embedded(int slot, int at) {
   float sum[4] = {0.f, 0.f, 0.f, 0.f}, x[4], t[4];
   const int line = min(s.frame[slot], given.n_text[slot] - 1);
-  const uint2 text = load8(given.texts + ((u64)slot * LINES + line) * D + at);
+  const uint2 text = load8(given.texts + ((u64)slot * given.n_lines + line) * D + at);
   const uint2 first = load8(given.tables[0] + (u64)s.code[slot][0] * D + at);
 #pragma unroll 5
   for (int codebook = 1; codebook < Q; ++codebook) {
@@ -685,7 +639,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
       }
       f = of_warps(slot, round, __float_as_int(warp_sum(sum)));
       sum = __int_as_float(f.a) + __int_as_float(f.b) + __int_as_float(f.c) + __int_as_float(f.d);
-      if (given.stop_id / PER == tid && blockIdx.x == 0) given.stops[min(frame, CAPACITY - 1) * SLOTS + slot] = __fdividef(stop, sum);
+      if (given.stop_id / PER == tid && blockIdx.x == 0) given.stops[min(frame, given.capacity - 1) * SLOTS + slot] = __fdividef(stop, sum);
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
         const int id = tid * PER + i;
@@ -866,7 +820,7 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange) {
       place = product<PREDICTOR_INT4>(place, SMALL_DOWN, log, ++exchange, ONTO_STREAM);
     }
     // What block 0 sends next says that its part of the cache is there.
-    if (blockIdx.x == 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    if (blockIdx.x == 0) fence();
     stage_normed<false>(E, SLOTS, columns - SLOTS, exchange, MAIL, 0, Gains<E>(given.small_gains, PL).attention, given.small_eps);
     place = product<false>(place, HEAD, log2_of(SLOTS), ++exchange, ROUNDED);
     sample<W, false>(exchange, codebook);
@@ -876,7 +830,7 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange) {
 
 // ---- the talker ----
 
-__device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], CAPACITY - 1); }
+__device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], given.capacity - 1); }
 __device__ __forceinline__ int n_splits(int length) { return greater(1, lesser(MOST_SPLITS, divided(length, 64))); }
 
 // A block reads one share of one key head's cache; shares are joined where they are read.
@@ -893,7 +847,7 @@ __device__ __forceinline__ void attend(u32 before, u32 number, int layer) {
     const int past = length_of(slot), splits = n_splits(past + 1);
     if (split >= splits) continue;
     const bool last = split == splits - 1;
-    const u64 cache = ((u64)(layer * SLOTS + slot) * G + group) * CAPACITY * HD + 4 * lane;
+    const u64 cache = ((u64)(layer * SLOTS + slot) * G + group) * given.capacity * HD + 4 * lane;
     const int share = divided(divided(past, splits), 4) * 4, end = min(past, (split + 1) * share);
     int start = split * share + 4 * warp;
     uint2 keys[4], values[4];
@@ -1024,10 +978,7 @@ __device__ __forceinline__ Place talk(Place place, u32& exchange) {
 
 __device__ __forceinline__ void feed_all() {
   Place place;
-  u64 once, again;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(again));
-  const u64 small = PREDICTOR_INT4 ? again : once;
+  const u64 once = leaves_first(), small = PREDICTOR_INT4 ? leaves_last() : once;
   constexpr int LAYERS = 1 + PROJECTED, HEADS = LAYERS + 4 * PL, TALKER = HEADS + Q - 1;
   place = feed(place, HEAD0, 0, once);
   if (PROJECTED) place = feed(place, PROJECTION, 1, once);
@@ -1045,10 +996,10 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
   const int tid = threadIdx.x;
   if (tid == 0) {
     for (int i = 0; i < RING; ++i) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&s.full[i])) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&s.empty[i])), "n"(WARPS) : "memory");
+      set_up(&s.full[i], 1);
+      set_up(&s.empty[i], WARPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    all_set_up();
     s.n_marks = 0, s.ring_waits = 0;
   }
   for (int i = tid; i < sizeof(Arguments) / 8; i += WORKERS + 32) ((u64*)&given)[i] = ((const u64*)&arguments)[i];
@@ -1077,7 +1028,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
   if (tid == 0) *given.exchange = exchange;
   if (tid < SLOTS * Q) {
     const int slot = tid / Q, codebook = tid % Q;
-    given.codes[(min(s.frame[slot], CAPACITY - 1) * SLOTS + slot) * Q + codebook] = s.alive[slot] ? s.code[slot][codebook] : ENDED;
+    given.codes[(min(s.frame[slot], given.capacity - 1) * SLOTS + slot) * Q + codebook] = s.alive[slot] ? s.code[slot][codebook] : ENDED;
   }
   if (tid < SLOTS) {
     // What was drawn counts as said, and a slot that stopped said the stop.
