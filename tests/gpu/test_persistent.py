@@ -162,7 +162,7 @@ def test_the_kernel_says_what_plain_pytorch_would(speaker, n_slots, compiler, tm
             far = [misses(logits.talker[:length].float(), given[:, 0], uniform[:, slot, 0], knobs, cannot)]
             for book in range(1, n_books):
                 far.append(misses(logits.residual[:, book - 1].float(), given[:, book], uniform[:, slot, book], residual))
-            assert torch.stack(far).max() < 0.08, (knobs, slot, torch.stack(far))
+            assert torch.stack(far).max() < 0.2 and torch.stack(far).mean() < 0.05, (knobs, slot, torch.stack(far))
             stops = logits.talker.float().softmax(-1)[: length, stop_id].cpu()
             assert torch.allclose(graph.slots.stops[:length, slot].cpu(), stops, rtol=0.1, atol=1e-6)
             if alive[slot]:

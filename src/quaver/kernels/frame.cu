@@ -15,11 +15,12 @@
 
 constexpr int HD = 128, GROUP = 128;
 constexpr int WARPS = 16, WORKERS = 32 * WARPS;
+constexpr int TEAM = 4, TEAMS = WARPS / TEAM;  // warps that share a slot of the ring
 constexpr int SLOT_BYTES = 16384, MOST_RING = 32, MOST_SHARED = 232448;
 constexpr int MIN_FRAMES = 2, ENDED = -1;
 constexpr u32 MOST_TRIES = 1u << 24;
 constexpr int COLS = 2 * SLOTS;
-constexpr int BATCH = 8;  // tiles of one row whose sums wait to be added up
+constexpr int WAITING = 2048;  // sums that wait to be added up, if a tile does not have more
 constexpr int MOST_KEPT = 64;
 
 constexpr int greater(int a, int b) { return a > b ? a : b; }
@@ -81,7 +82,12 @@ constexpr int RING_SLOT = SLOT_BYTES + TABLE_ROOM;
 constexpr int WIDEST = greater(greater(greater(D, I), H * HD) * SLOTS, greater(greater(E, J), PH * HD) * COLS);
 constexpr int WIDE_D = greater(D * SLOTS, E * COLS);
 constexpr int REP = H / G;
-constexpr int RED_FLOATS = greater(16 * WARPS * BATCH, WARPS * REP * (HD + 2) + (REP + 2) * HD);
+constexpr int most_sums() {
+  int most = WAITING;
+  for (int i = 0; i < SHAPES; ++i) most = greater(most, shapes[i].segments * TEAM * shapes[i].rows * COLS);
+  return most;
+}
+constexpr int RED_FLOATS = greater(most_sums(), WARPS * REP * (HD + 2) + (REP + 2) * HD);
 
 struct Weight { const u8* values; const u8* scales; const u8* zeros; };
 constexpr int WEIGHTS = 1 + PROJECTED + 4 * PL + (Q - 1) + 4 * L;
@@ -180,8 +186,8 @@ __device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
 struct Place {
   int slot = 0, base = 0;
   u32 parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == RING) slot = 0, parity ^= 1;
+  __device__ __forceinline__ void skip(int n) {
+    for (slot += n; slot >= RING; slot -= RING) parity ^= 1;
   }
   // Tiles are dealt in turn over all products, so that no block has more to read than another.
   __device__ __forceinline__ int begin() const {
@@ -219,7 +225,7 @@ __device__ __noinline__ Place feed(Place place, int which, int weight, u64 polic
         else
           fetch(to + SLOT_BYTES + 2 * at, w.scales + 2 * (u64)row * m.groups, 2 * m.outs * m.groups, gate, policy);
       }
-      place.next();
+      place.skip(1);
     }
   }
   place.end(m.tiles);
@@ -278,102 +284,114 @@ __device__ __forceinline__ uint2 receive(u32 number, int at) {
 
 enum { ROUNDED, ONTO_STREAM, WITH_BIAS };
 
+// A warp's share of a slot's product, float32 fragments: the steps ``member``, member + TEAM and so on.
+__device__ __forceinline__ void multiply_dense(float (&acc)[4], const u8* row, const u16* x, int member, int steps, bool mine) {
+  const int t = threadIdx.x & 3;
+  float more[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 4
+  for (int step = member; step < steps; step += TEAM) {
+    const uint4 low = *(const uint4*)(row + step * 64);
+    const uint4 b = mine ? *(const uint4*)(x + step * 32 + t * 8) : make_uint4(0, 0, 0, 0);
+    multiply(acc, low.x, 0, low.y, 0, b.x, b.y);
+    multiply(more, low.z, 0, low.w, 0, b.z, b.w);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) acc[i] += more[i];
+}
+__device__ __forceinline__ void multiply_int4(float (&acc)[4], const Shape& m, const u8* from, const u16* x, int first, int member, int steps, int columns_log) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const bool wide = m.rows == 16, mine = g < (1 << columns_log);
+  const u8* row = from + g * m.segment + t * 16;
+  const u16* scales = (const u16*)(from + SLOT_BYTES) + g * m.groups + first;
+  const u8* zeros = from + SLOT_BYTES + 2 * m.rows * m.groups + g * m.groups + first;
+#pragma unroll 1
+  for (int step = member; step < steps; step += TEAM) {
+    const uint4 low = *(const uint4*)(row + step * 64);
+    const uint4 high = wide ? *(const uint4*)(row + 8 * m.segment + step * 64) : make_uint4(0, 0, 0, 0);
+    float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
+    const u32 w[4] = {low.x, low.y, low.z, low.w}, v[4] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const uint4 b = mine ? *(const uint4*)(x + step * GROUP + t * 32 + e * 8) : make_uint4(0, 0, 0, 0);
+      u32 p[4], q[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        p[i] = ((w[e] >> (4 * i)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
+        q[i] = ((v[e] >> (4 * i)) & 0x000f000fu) | 0x43004300u;
+      }
+      multiply(c[0], p[0], q[0], p[1], q[1], b.x, b.y);
+      multiply(c[1], p[2], q[2], p[3], q[3], b.z, b.w);
+    }
+    if (2 * t < (1 << columns_log)) {
+      const float* sums = s.sums + 2 * t * m.groups + first + step;
+      const float sum0 = sums[0], sum1 = columns_log ? sums[m.groups] : 0.f;
+      float scale = half(scales[step]), zero = 128.f + zeros[step];
+      acc[0] += scale * (c[0][0] + c[1][0] - zero * sum0);
+      acc[1] += scale * (c[0][1] + c[1][1] - zero * sum1);
+      if (wide) {
+        scale = half(scales[8 * m.groups + step]), zero = 128.f + zeros[8 * m.groups + step];
+        acc[2] += scale * (c[0][2] + c[1][2] - zero * sum0);
+        acc[3] += scale * (c[0][3] + c[1][3] - zero * sum1);
+      }
+    }
+  }
+}
+
 // Sends the product of the rows in s.x, 1 << columns_log of them: outputs in pairs, finished in float32.
+//
+// A team takes a slot; its warps' sums, and those of a tile's other slots, wait in s.red until all are there.
 template <bool INT4>
 __device__ __noinline__ Place product(Place place, int which, int columns_log, u32 number, int finish) {
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
+  const int team = warp / TEAM, member = warp % TEAM, columns = 1 << columns_log;
   const Shape m = shapes[which];
-  const bool wide = INT4 && m.rows == 16, mine = g < (1 << columns_log);
-  const int batch = greater(1, BATCH >> columns_log), a_warp = m.rows << columns_log;
-  const int k_segment = m.k / m.segments, steps = k_segment / (INT4 ? GROUP : 32);
-  int tile = place.begin();
+  const int a_warp = m.rows << columns_log, k_segment = m.k / m.segments, steps = k_segment / (INT4 ? GROUP : 32);
+  const int first = place.begin(), tiles = first < m.tiles ? divided(m.tiles - first, GRID) : 0;
+  const int batch = greater(1, WAITING / (m.segments * TEAM * a_warp));
 #pragma unroll 1
-  while (tile < m.tiles) {
-    const int first = tile;
-    int done = 0;
+  for (int done = 0; done < tiles; done += batch) {
+    const int now = lesser(batch, tiles - done);
+    Place at = place;
+    at.skip(team);
 #pragma unroll 1
-    for (; done < batch && tile < m.tiles; ++done, tile += GRID) {
-      float acc[4] = {0.f, 0.f, 0.f, 0.f}, more[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 1
-      for (int segment = 0; segment < m.segments; ++segment) {
-        const long long before = TRACED ? clock64() : 0;
-        wait_for(&s.full[place.slot], place.parity);
-        if (TRACED && tid == 0) s.ring_waits += clock64() - before;
-        const u8* from = memory + place.slot * RING_SLOT;
-        const u8* row = from + g * m.segment + t * 16;
-        const u16* x = s.x + g * m.k + segment * k_segment;
-        if (!INT4) {
-#pragma unroll 2
-          for (int step = warp; step < steps; step += WARPS) {
-            const uint4 low = *(const uint4*)(row + step * 64);
-            const uint4 b = mine ? *(const uint4*)(x + step * 32 + t * 8) : make_uint4(0, 0, 0, 0);
-            multiply(acc, low.x, 0, low.y, 0, b.x, b.y);
-            multiply(more, low.z, 0, low.w, 0, b.z, b.w);
-          }
-        } else {
-          const u16* scales = (const u16*)(from + SLOT_BYTES);
-          const u8* zeros = from + SLOT_BYTES + 2 * m.rows * m.groups;
-#pragma unroll 1
-          for (int step = warp; step < steps; step += WARPS) {
-            const uint4 low = *(const uint4*)(row + step * 64);
-            const uint4 high = wide ? *(const uint4*)(row + 8 * m.segment + step * 64) : make_uint4(0, 0, 0, 0);
-            float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
-            const u32 w[4] = {low.x, low.y, low.z, low.w}, v[4] = {high.x, high.y, high.z, high.w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const uint4 b = mine ? *(const uint4*)(x + step * GROUP + t * 32 + e * 8) : make_uint4(0, 0, 0, 0);
-              u32 p[4], q[4];
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                p[i] = ((w[e] >> (4 * i)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
-                q[i] = ((v[e] >> (4 * i)) & 0x000f000fu) | 0x43004300u;
-              }
-              multiply(c[0], p[0], q[0], p[1], q[1], b.x, b.y);
-              multiply(c[1], p[2], q[2], p[3], q[3], b.z, b.w);
-            }
-            if (2 * t < (1 << columns_log)) {
-              const int in_row = segment * steps + step;
-              const float sum0 = s.sums[2 * t * m.groups + in_row];
-              const float sum1 = columns_log ? s.sums[(2 * t + 1) * m.groups + in_row] : 0.f;
-              float scale = half(scales[g * m.groups + in_row]), zero = 128.f + zeros[g * m.groups + in_row];
-              acc[0] += scale * (c[0][0] + c[1][0] - zero * sum0);
-              acc[1] += scale * (c[0][1] + c[1][1] - zero * sum1);
-              if (wide) {
-                scale = half(scales[(g + 8) * m.groups + in_row]), zero = 128.f + zeros[(g + 8) * m.groups + in_row];
-                acc[2] += scale * (c[0][2] + c[1][2] - zero * sum0);
-                acc[3] += scale * (c[0][3] + c[1][3] - zero * sum1);
-              }
-            }
-          }
-        }
-        __syncwarp();
-        if (lane == 0) arrive(&s.empty[place.slot]);
-        place.next();
-      }
-      float* red = s.red + (done * WARPS + warp) * a_warp + (g << columns_log) + 2 * t;
-      if (2 * t < (1 << columns_log)) {
-        red[0] = acc[0] + more[0];
-        if (columns_log) red[1] = acc[1] + more[1];
-        if (wide) {
+    for (int unit = team; unit < now * m.segments; unit += TEAMS, at.skip(TEAMS)) {
+      const int segment = unit % m.segments;
+      const long long before = TRACED ? clock64() : 0;
+      wait_for(&s.full[at.slot], at.parity);
+      if (TRACED && tid == 0) s.ring_waits += clock64() - before;
+      const u8* from = memory + at.slot * RING_SLOT;
+      const u16* x = s.x + g * m.k + segment * k_segment;
+      float acc[4] = {0.f, 0.f, 0.f, 0.f};
+      if (INT4)
+        multiply_int4(acc, m, from, x, segment * steps, member, steps, columns_log);
+      else
+        multiply_dense(acc, from + g * m.segment + t * 16, x, member, steps, g < columns);
+      __syncwarp();
+      if (lane == 0) arrive(&s.empty[at.slot]);
+      if (2 * t < columns) {
+        float* red = s.red + (unit * TEAM + member) * a_warp + (g << columns_log) + 2 * t;
+        red[0] = acc[0];
+        if (columns > 1) red[1] = acc[1];
+        if (INT4 && m.rows == 16) {
           red[8 << columns_log] = acc[2];
-          if (columns_log) red[(8 << columns_log) + 1] = acc[3];
+          if (columns > 1) red[(8 << columns_log) + 1] = acc[3];
         }
       }
     }
+    place.skip(now * m.segments);
     workers_meet();
-    // Four threads add up two outputs.
+    // Four threads add up two outputs, each a member's sums of all the tile's slots.
     const int pairs_log = columns_log + (m.outs == 16 ? 3 : m.outs == 8 ? 2 : 1);
 #pragma unroll 1
-    for (int out = tid; out < done << (pairs_log + 2); out += WORKERS) {
+    for (int out = tid; out < now << (pairs_log + 2); out += WORKERS) {
       const int part = out & 3, nth = out >> (pairs_log + 2), inside = (out >> 2) & ((1 << pairs_log) - 1);
-      const int row = 2 * (inside >> columns_log), column = inside & ((1 << columns_log) - 1);
-      const float* red = s.red + (nth * WARPS + part) * a_warp + (row << columns_log) + column;
-      const int next = 1 << columns_log, up = m.outs << columns_log;
+      const int row = 2 * (inside >> columns_log), column = inside & (columns - 1), up = m.outs << columns_log;
+      const float* red = s.red + (nth * m.segments * TEAM + part) * a_warp + (row << columns_log) + column;
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-      for (int w = 0; w < WARPS / 4; ++w, red += 4 * a_warp) {
-        sums[0] += red[0], sums[1] += red[next];
-        if (m.pieces == 2) sums[2] += red[up], sums[3] += red[up + next];
+#pragma unroll 1
+      for (int segment = 0; segment < m.segments; ++segment, red += TEAM * a_warp) {
+        sums[0] += red[0], sums[1] += red[columns];
+        if (m.pieces == 2) sums[2] += red[up], sums[3] += red[up + columns];
       }
       const u32 quad = 0xfu << (lane & ~3);
 #pragma unroll
@@ -382,7 +400,7 @@ __device__ __noinline__ Place product(Place place, int which, int columns_log, u
         sums[i] += __shfl_xor_sync(quad, sums[i], 2);
       }
       if (part == 0) {
-        const int at = (first + nth * GRID) * m.outs + row;
+        const int at = (first + (done + nth) * GRID) * m.outs + row;
         float x = sums[0], y = sums[1];
         if (m.pieces == 2) {
           x = __fdividef(x, 1.f + __expf(-x)) * sums[2];
@@ -394,7 +412,7 @@ __device__ __noinline__ Place product(Place place, int which, int columns_log, u
         send(number, (column * m.n + at) / 2, two_bf(x, y));
       }
     }
-    if (tile < m.tiles) workers_meet();
+    if (done + batch < tiles) workers_meet();
   }
   place.end(m.tiles);
   mark(2);
@@ -530,33 +548,54 @@ struct Turn {
   }
 };
 
+// The sums over all lanes of M values each, a power of two: a lane gets that of value ``lane / (32 / M)``.
+template <int M>
+__device__ __forceinline__ float warp_sums(float (&x)[M]) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int m = M / 2, d = 16; m; m >>= 1, d >>= 1)
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      const bool later = lane & d;
+      const float keep = later ? x[i + m] : x[i], pass = later ? x[i] : x[i + m];
+      x[i] = keep + __shfl_xor_sync(~0u, pass, d);
+    }
+#pragma unroll
+  for (int d = 16 / M; d; d >>= 1) x[0] += __shfl_xor_sync(~0u, x[0], d);
+  return x[0];
+}
+
 // A softmax that grows: its highest score, its weight and its sum, four values a lane.
 struct Softmax {
   float peak = -1e30f, weight = 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
   // M scores and what they weigh; those beyond ``n`` do not count.
   template <int M>
   __device__ __forceinline__ void add(const float (&q)[4], const uint2 (&keys)[M], const uint2 (&values)[M], int n) {
-    float score[M], risen = peak;
+    const int which = (threadIdx.x & 31) / (32 / M);
+    float score[M];
 #pragma unroll
     for (int i = 0; i < M; ++i) {
       float x[4];
       unpack(keys[i], x);
-      score[i] = warp_sum(dot(q, x)) * rsqrtf((float)HD);
-      if (i >= n) score[i] = -1e30f;
-      risen = fmaxf(risen, score[i]);
+      score[i] = dot(q, x);
     }
-    const float fade = __expf(peak - risen);
+    float own = warp_sums<M>(score) * rsqrtf((float)HD);
+    if (which >= n) own = -1e30f;
+    float risen = fmaxf(peak, own);
+#pragma unroll
+    for (int d = 16; d >= 32 / M; d >>= 1) risen = fmaxf(risen, __shfl_xor_sync(~0u, risen, d));
+    const float part = which < n ? __expf(own - risen) : 0.f, fade = __expf(peak - risen);
     weight *= fade;
 #pragma unroll
     for (int j = 0; j < 4; ++j) o[j] *= fade;
 #pragma unroll
     for (int i = 0; i < M; ++i) {
-      const float part = i < n ? __expf(score[i] - risen) : 0.f;
+      const float by = __shfl_sync(~0u, part, i * (32 / M));
       float x[4];
       unpack(values[i], x);
-      weight += part;
+      weight += by;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) o[j] += part * x[j];
+      for (int j = 0; j < 4; ++j) o[j] += by * x[j];
     }
     peak = risen;
   }
@@ -650,17 +689,19 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     const int n_inside = FIRST ? IDS - given.n_banned + (frame >= MIN_FRAMES && given.stop_id >= IDS - given.n_banned) : IDS;
     int k = greedy ? 1 : wanted_k > 0 ? min(wanted_k, n_inside) : n_inside;
     k = min(k, MOST_KEPT);
+    // Keys are ordered as scores are; those of bfloat16 have sixteen bits.
+    constexpr int SHIFT = FIRST ? 0 : 16;
     int keys[PER], high = -0x7FFFFFFF;
     const float by = greedy ? 1.f : __fdividef(1.f, temperature);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
+      keys[i] = ordered(x[i]) >> SHIFT;
       x[i] *= by;
-      keys[i] = ordered(x[i]);
       high = max(high, keys[i]);
     }
     Four f = of_warps(slot, round, __reduce_max_sync(~0u, high));
     // The k-th key: at or above ``low`` lie k keys or more, at or above ``high`` fewer. Three thresholds a round.
-    int low = (int)0x80800000, n_low = n_inside;  // just above minus infinity
+    int low = (int)0x80800000 >> SHIFT, n_low = n_inside;  // just above minus infinity
     high = max(max(f.a, f.b), max(f.c, f.d)) + 1;
     if (k == 1) low = high - 1, n_low = 0;
 #pragma unroll 1
@@ -707,7 +748,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
       const float score = s.score[slot][tid];
       const int id = s.ids[slot][tid];
       int rank = 0;
-#pragma unroll 2
+#pragma unroll 4
       for (int j = 0; j < k; ++j) rank += s.score[slot][j] > score || (s.score[slot][j] == score && s.ids[slot][j] < id);
       s.sorted[slot][rank] = score, s.sorted_ids[slot][rank] = id;
     }
@@ -997,7 +1038,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
   if (tid == 0) {
     for (int i = 0; i < RING; ++i) {
       set_up(&s.full[i], 1);
-      set_up(&s.empty[i], WARPS);
+      set_up(&s.empty[i], TEAM);
     }
     all_set_up();
     s.n_marks = 0, s.ring_waits = 0;
