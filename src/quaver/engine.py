@@ -19,6 +19,7 @@ from torch import Tensor
 from quaver.audio import Audio
 from quaver.errors import RecipeError
 from quaver.guard import Guard, Runaway, Watch, length
+from quaver.model.encoders import load_codec_encoder
 from quaver.model.speaker import SAMPLE_RATE_HZ
 from quaver.model.tts import TTS, Prompt, Utterance
 from quaver.sampling import ENDED, MIN_FRAMES, Sampling, distribution, draw, uniforms
@@ -259,11 +260,9 @@ class Engine:
     @cached_property
     def silence(self) -> frozenset[int]:
         """The codes of codebook 0 that the codec gives to silence, its first second aside."""
-        encoder = self.tts.codec.encoder
-        parameter = next(encoder.parameters())
+        encoder = load_codec_encoder(self.tts.checkpoint)
         with torch.inference_mode():
-            nothing = torch.zeros(1, 2 * SAMPLE_RATE_HZ, dtype=parameter.dtype, device=parameter.device)
-            codes = encoder.encode(nothing)[0, 0]
+            codes = encoder.encode(torch.zeros(1, 2 * SAMPLE_RATE_HZ))[0, 0]
         return frozenset(codes[len(codes) // 2 :].tolist())
 
     def speak(
@@ -312,7 +311,7 @@ class Engine:
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         n_fade = round(_FADE_S * rate_hz)
         ramp = np.linspace(0, 1, n_fade, dtype=np.float32)
-        stream = self.tts.codec.decoder.stream()
+        stream = self.tts.decoder.stream()
         voice = take.part.voice
         if voice is not None and voice.codes is not None:
             stream.push(voice.codes.to(self.tts.device))

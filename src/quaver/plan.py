@@ -20,7 +20,7 @@ from quaver.errors import CheckpointError
 from quaver.ledger import Entry, megabytes
 from quaver.mixed import halved_type, stored_as
 from quaver.model.codec_encoder import Codec
-from quaver.model.tts import memory_bytes
+from quaver.model.homes import memory_bytes
 from quaver.provenance import CODEC, Provenance
 from quaver.recipe import COMPACT, settings
 
