@@ -18,6 +18,7 @@ from quaver.model.filling import PACKED_SUFFIXES, Place
 SPEAKER, ENCODER = "speaker_encoder.", "encoder."
 """Before the names of the speaker encoder's tensors, and in the codec's files of its encoder's."""
 TEXT_EMBEDDING = "talker.model.text_embedding"
+TEXT_PROJECTION = "talker.text_projection."
 LAYERS = "talker.model.layers"
 """Before the names of the talker's layers."""
 TABLES = "codec_embedding."
@@ -28,7 +29,7 @@ _FLOAT32_ON_CPU_BYTES = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What a GPU need not hold: tables of codes (rows are read from the host), weights of the codec's decoder.
+    """What a GPU need not hold: tables of codes, with what projects text; the large weights of the codec's decoder.
 
     Either costs time: some 2 microseconds a row and code; and each push of the codec brings all of its weights.
     """
@@ -42,18 +43,23 @@ HELD = Placement()
 
 
 def memory_bytes(
-    specs: Mapping[str, Spec], codec_specs: Mapping[str, Spec], device: str | torch.device
+    specs: Mapping[str, Spec],
+    codec_specs: Mapping[str, Spec],
+    device: str | torch.device,
+    placement: Placement = HELD,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
-    """What each stored tensor takes of the memory of ``device`` once loaded there by default, by name.
+    """What each stored tensor takes of the memory of ``device`` once loaded there, by name; ``dtype`` as for TTS.load.
 
-    What stays in its file until a voice is enrolled takes none; nor, on a GPU, does the text embedding.
+    What stays in its file until a voice is enrolled takes none; nor, on a GPU, do the text embedding and what
+    ``placement`` leaves on the host.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     sizes: dict[str, int] = {}
-    for stored, dtype in ((specs, default_dtype(specs, device)), (codec_specs, torch.float32)):
+    for stored, becomes in ((specs, dtype or default_dtype(specs, device)), (codec_specs, torch.float32)):
         for name, spec in stored.items():
-            if name.startswith((SPEAKER, ENCODER)) or (on_gpu and name.startswith(f"{TEXT_EMBEDDING}.")):
+            if name.startswith((SPEAKER, ENCODER)) or (on_gpu and _on_host(name, spec, placement)):
                 sizes[name] = 0
             elif on_gpu and name.startswith("decoder."):
                 sizes[name] = spec.n_elements * (2 if kept_in_half(name, spec.shape) else 4)
@@ -63,11 +69,23 @@ def memory_bytes(
             elif device.type == "cpu" and name.endswith((".qzeros", ".scales")):
                 # The CPU's layout folds the zero points into a second row of scales.
                 sizes[name] = 0 if name.endswith(".qzeros") else 2 * spec.n_bytes
-            elif dtype is None or not spec.dtype.is_floating_point or name.endswith(PACKED_SUFFIXES):
+            elif becomes is None or not spec.dtype.is_floating_point or name.endswith(PACKED_SUFFIXES):
                 sizes[name] = spec.n_bytes
             else:
-                sizes[name] = spec.n_elements * dtype.itemsize
+                sizes[name] = spec.n_elements * becomes.itemsize
     return sizes
+
+
+def _on_host(name: str, spec: Spec, placement: Placement) -> bool:
+    """Whether a tensor that speaking needs is on the host where the model is on a GPU."""
+    if name.startswith("decoder."):
+        return placement.sound_on_host and (kept_in_half(name, spec.shape) or "._codebook." in name)
+    return name.startswith(f"{TEXT_EMBEDDING}.") or (placement.tables_on_host and on_host_with_tables(name))
+
+
+def on_host_with_tables(name: str) -> bool:
+    """Whether the tensor ``name`` waits on the host where the tables of codes do."""
+    return TABLES in name or (name.startswith(TEXT_PROJECTION) and name.endswith("weight"))
 
 
 def default_dtype(specs: Mapping[str, Spec], device: torch.device) -> torch.dtype | None:
@@ -90,7 +108,7 @@ def homes(device: torch.device, placement: Placement, *, visits: bool) -> Place:
     def place(name: str) -> torch.device | None:
         if name.startswith(SPEAKER) or (visits and name.startswith(f"{LAYERS}.")):
             return None
-        table = TABLES in name and placement.tables_on_host
-        return torch.device("cpu") if table or name.startswith(f"{TEXT_EMBEDDING}.") else device
+        waits = placement.tables_on_host and on_host_with_tables(name)
+        return torch.device("cpu") if waits or name.startswith(f"{TEXT_EMBEDDING}.") else device
 
     return place

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from quaver.config import TalkerConfig
 from quaver.model.layers import Decoder, KVCache
 from quaver.model.predictor import Predictor
+from quaver.model.sparing import Linear
 
 
 class TalkerModel(Decoder):
@@ -28,8 +29,8 @@ class TextProjection(nn.Module):
 
     def __init__(self, text_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(text_size, text_size)
-        self.linear_fc2 = nn.Linear(text_size, hidden_size)
+        self.linear_fc1 = Linear(text_size, text_size)
+        self.linear_fc2 = Linear(text_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear_fc2(F.silu(self.linear_fc1(x)))

@@ -208,9 +208,12 @@ class TTS:
             elif isinstance(module, Int8Embedding):
                 module.dtype = model.talker.codec_head.weight.dtype
         _check_kept(model.talker.model.text_embedding, checkpoint)
-        if placement.tables_on_host:
+        if placement.tables_on_host and device.type == "cuda":
             for table in model.talker.code_tables():
                 table.weight = nn.Parameter(lent(table.weight, device), requires_grad=False)
+            project = model.talker.text_projection
+            for linear in (project.linear_fc1, project.linear_fc2):
+                linear.weight = nn.Parameter(linear.weight.pin_memory(), requires_grad=False)
         return cls(checkpoint, model.eval(), sound.decoder.eval(), Tokenizer.load(checkpoint.path), placement)
 
     @torch.inference_mode()
