@@ -31,7 +31,7 @@ _HOW: Mapping[Name, tuple[str, str]] = {
     "bf16": ("as published", "quaver blend"),
     "int4": ("the talker's linears in AWQ INT4", "quaver quantize"),
     "compact": (
-        "int4, and code predictor and text embedding in INT8, codec decoder in bfloat16 (float32 in memory)",
+        "int4, and code predictor and text embedding in INT8, codec decoder in bfloat16 (computed in float32)",
         "quaver quantize --profile compact",
     ),
 }
