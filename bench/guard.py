@@ -37,6 +37,7 @@ from quaver.corpus import sentences as shipped
 from quaver.engine import Engine, Knobs
 from quaver.files import write_file
 from quaver.guard import Runaway, Watch, length
+from quaver.model.encoders import load_codec_encoder
 from quaver.model.speaker import SAMPLE_RATE_HZ
 from quaver.model.tts import TTS, Utterance
 from quaver.provenance import Step
@@ -229,8 +230,7 @@ def _follow(tts: TTS, row: Mapping[str, Any], group: Group) -> list[Said]:
     middle, rate_hz = len(sound.samples) // 2, sound.rate_hz
     gap = np.zeros(round(group.pause_s * rate_hz), np.float32)
     sound = Audio(np.concatenate((sound.samples[:middle], gap, sound.samples[middle:])), rate_hz)
-    parameter = next(tts.codec.encoder.parameters())
-    codes = tts.codec.encoder.encode(torch.from_numpy(sound.samples)[None].to(parameter.dtype))[0].T
+    codes = load_codec_encoder(tts.checkpoint).encode(torch.from_numpy(sound.samples)[None])[0].T
     prompt = tts.prompt(Utterance(row["text"], "english", tts.enroll(sound)))
     stop_id = tts.config.talker_config.codec_eos_token_id
     stop = tts.force([prompt], [codes])[0].talker[:-1].softmax(-1)[:, stop_id]

@@ -23,6 +23,7 @@ from quaver import audio as audio_files
 from quaver import judge
 from quaver.audio import Audio
 from quaver.cli import Progress
+from quaver.model.encoders import load_codec_encoder
 from quaver.model.tts import TTS, Logits, Utterance
 from quaver.sampling import Sampling, distribution, draw
 from voice import KIT, Judges, decode
@@ -41,12 +42,12 @@ def with_own(tts: TTS, found: Logits, codes: Tensor, given: int, sampling: Sampl
 
 def without_last(tts: TTS, codes: Tensor, given: int) -> Audio:
     """The sound of the first ``given`` codebooks of ``codes`` [T, Q] alone."""
-    quantizer = tts.codec.decoder.quantizer
+    quantizer = tts.decoder.quantizer
     latents = quantizer.rvq_first.decode(codes[None, :, :1].transpose(1, 2))
     vectors = [book(row) for book, row in zip(quantizer.rvq_rest.vq.codebooks, codes.T[1:given], strict=False)]
     if vectors:
         latents = latents + quantizer.rvq_rest.output_proj(torch.stack(vectors).sum(0).T[None])
-    samples = tts.codec.decoder.from_latents(latents)[0].numpy()
+    samples = tts.decoder.from_latents(latents)[0].numpy()
     return Audio(samples, tts.checkpoint.codec_config.output_sample_rate)
 
 
@@ -76,7 +77,7 @@ def main() -> int:
         clip = audio_files.resample(audio_files.read(KIT / row["file"]), rate_hz)
         voice, real = judges.voices.embed(clip), log_mel(clip)
         with torch.inference_mode():
-            codes = tts.codec.encoder.encode(torch.from_numpy(clip.samples)[None])[0].T
+            codes = load_codec_encoder(tts.checkpoint).encode(torch.from_numpy(clip.samples)[None])[0].T
             prompt = tts.prompt(Utterance(row["text"], "english", tts.voice(KIT / row["file"])))
             (found,) = tts.force([prompt], [codes])
             for given, figures in table.items():

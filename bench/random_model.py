@@ -1,8 +1,9 @@
 """A checkpoint of any configuration with random weights: for measuring speed, memory and sizes, never for listening.
 
-    python bench/random_model.py CONFIG.json CODEC_CONFIG.json -o OUT [--seed 0]
+    python bench/random_model.py CONFIG.json CODEC_CONFIG.json -o OUT [--seed 0] [--int4]
 
-The layout is the official one, byte-level tokenizer included, so that every verb opens it.
+The layout is the official one, byte-level tokenizer included, so that every verb opens it. With --int4 the talker's
+linears are random integers of 4 bits, which takes seconds where quantizing takes minutes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quaver import awq
 from quaver.checkpoint import WEIGHTS, write_tensors
 from quaver.config import CodecConfig, ModelConfig, parse
 from quaver.files import check_new
+from quaver.int4 import GROUP
 from quaver.model.codec_encoder import Codec
 from quaver.model.tts import shapes
 from quaver.provenance import CODEC
@@ -29,7 +32,10 @@ MERGED_WORDS = ("assistant", "user", "system")
 
 
 def random_checkpoint(out: Path, settings: Mapping[str, Any], codec_settings: Mapping[str, Any], seed: int = 0) -> Path:
-    """Writes a random checkpoint of the configurations to the new folder ``out`` and returns it."""
+    """Writes a random checkpoint of the configurations to the new folder ``out`` and returns it.
+
+    What ``settings`` say is quantized is random integers.
+    """
     out = check_new(out)
     config = parse(ModelConfig, dict(settings), "settings")
     codec_config = parse(CodecConfig, dict(codec_settings), "codec_settings")
@@ -98,7 +104,15 @@ def _random(
     wanted: Mapping[str, tuple[int, ...]], dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
     for name, shape in wanted.items():
-        if len(shape) == 1 and "norm" in name:
+        if name.endswith(".qweight"):
+            yield name, torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+        elif name.endswith(".qzeros"):
+            # Every zero point is 8, in the middle of the levels.
+            yield name, torch.full(shape, -0x77777778, dtype=torch.int32)
+        elif name.endswith(".scales"):
+            # 16 levels spread evenly have a deviation of 4.6 steps.
+            yield name, torch.full(shape, (GROUP * shape[0]) ** -0.5 / 4.6, dtype=torch.float16)
+        elif len(shape) == 1 and "norm" in name:
             yield name, torch.ones(shape, dtype=dtype)
         else:
             fan_in = max(1, int(torch.Size(shape[1:]).numel()))
@@ -134,8 +148,11 @@ def main() -> None:
     parser.add_argument("codec_config", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--int4", action="store_true", help="the talker's linears in INT4")
     asked = parser.parse_args()
     settings, codec = json.loads(asked.config.read_text()), json.loads(asked.codec_config.read_text())
+    if asked.int4:
+        settings["quantization_config"] = awq.settings()
     print(random_checkpoint(asked.out, settings, codec, asked.seed))
 
 

@@ -61,7 +61,7 @@ def random_tts(shell: TTS, settings: Mapping[str, Any]) -> TTS:
                 value.normal_(0, 0.5 if "embedding" in name else max(1, value[0].numel()) ** -0.5)
         model.talker.codec_head.weight[config.talker_config.codec_eos_token_id] = 0
     checkpoint = replace(shell.checkpoint, config=config, settings=settings)
-    return TTS(checkpoint, model.eval().requires_grad_(False), shell.codec, shell.tokenizer)
+    return TTS(checkpoint, model.eval().requires_grad_(False), shell.decoder, shell.tokenizer)
 
 
 def shell_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

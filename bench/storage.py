@@ -27,8 +27,6 @@ from quaver.checkpoint import Checkpoint
 from quaver.cli import Progress
 from quaver.corpus import Item
 from quaver.files import write_file
-from quaver.mixed import DECODER
-from quaver.model.codec_encoder import Codec
 from quaver.model.tts import TTS
 from quaver.recipe import COMPACT, Recipe
 
@@ -80,15 +78,14 @@ def sound_errors(tts: TTS, items: Sequence[Item]) -> dict[str, float]:
     all but the codebooks."""
     found = {}
     for name, kept in (("all of it", "nothing"), ("all but the codebooks", ".quantizer.")):
-        codec = copy.deepcopy(tts.codec)
-        assert isinstance(codec, Codec)
-        for key, value in codec.state_dict().items():
-            if f".{key}".startswith(f".{DECODER}") and kept not in key:
+        decoder = copy.deepcopy(tts.decoder)
+        for key, value in decoder.state_dict().items():
+            if kept not in f".{key}":
                 value.copy_(value.bfloat16())
         power = error = 0.0
         for item in items:
             codes = item.codes.T[None]
-            before, after = tts.codec.decoder(codes), codec.decoder(codes)
+            before, after = tts.decoder(codes), decoder(codes)
             power += float(before.square().sum())
             error += float((after - before).square().sum())
         found[name] = 10 * float(np.log10(power / error))

@@ -32,6 +32,7 @@ from quaver.config import FRAME_RATE_HZ
 from quaver.engine import Engine, Knobs
 from quaver.errors import QuaverError, RecipeError
 from quaver.files import sha256, write_file
+from quaver.model.encoders import load_codec_encoder
 from quaver.model.tts import TTS, Utterance
 from voice_figures import Decoded, Limits, Reference, Sentence, Spoken, card, report
 
@@ -119,7 +120,7 @@ def decode(tts: TTS, codes: torch.Tensor, before: torch.Tensor | None = None) ->
     rate_hz = tts.checkpoint.codec_config.output_sample_rate
     n_before = 0 if before is None else len(before)
     whole = codes if before is None else torch.cat((before, codes))
-    samples = tts.codec.decoder(whole.T[None].to(tts.device))[0].float().cpu().numpy()
+    samples = tts.decoder(whole.T[None].to(tts.device))[0].float().cpu().numpy()
     return Audio(samples[n_before * len(samples) // max(1, len(whole)) :], rate_hz)
 
 
@@ -176,9 +177,8 @@ def judge_codec(tts: TTS, judges: Judges, out: Path, progress: Progress, kit: Pa
         kept = _kept(beside, key)
         if kept is None:
             sound = audio_files.read(clip)
-            encoder, decoder = tts.codec.encoder, tts.codec.decoder
-            parameter = next(encoder.parameters())
-            codes = encoder.encode(torch.from_numpy(sound.samples)[None].to(parameter.device, parameter.dtype))
+            encoder, decoder = load_codec_encoder(tts.checkpoint), tts.decoder
+            codes = encoder.encode(torch.from_numpy(sound.samples)[None]).to(tts.device)
             whole = decoder(codes)[0].float().cpu().numpy()
             stream = decoder.stream()
             pieces = [stream.push(piece).float().cpu().numpy() for piece in torch.split(codes[0].T, 4)]

@@ -43,8 +43,9 @@ from quaver.config import read_model_config
 from quaver.corpus import Item
 from quaver.errors import BudgetError, CheckpointError, RecipeError
 from quaver.int4 import GROUP, Int4Linear, Int4Weight
+from quaver.model.homes import HELD, LAYERS, homes
 from quaver.model.layers import GROUPS, DecoderLayer
-from quaver.model.tts import TTS, Utterance, _sparing, shapes
+from quaver.model.tts import TTS, Utterance, shapes
 from quaver.provenance import Step
 from quaver.verify import verify
 from quaver.voice import Voice
@@ -595,11 +596,11 @@ PUBLISHED = Path(__file__).parent / "oracle" / "published"
 def test_what_speaking_holds_on_a_gpu_fits(shape):
     config = read_model_config(PUBLISHED / f"config-{shape}.json")
     gpu = torch.device("cuda")
-    place, stays, layers = _sparing(gpu), 0, 0
+    place, stays, layers = homes(gpu, HELD, visits=True), 0, 0
     for name, size in shapes(config).items():
         n_bytes = 2 * torch.Size(size).numel()
         stays += n_bytes if place(name) == gpu else 0
-        layers += n_bytes if place(name) is None else 0
+        layers += n_bytes if name.startswith(LAYERS) else 0
     n_layers = config.talker_config.num_hidden_layers
     cache = 2 * corpus._CACHE_VALUES
     # Where attention has no kernel of its own it repeats a layer's keys and values for all heads, thrice in float32.

@@ -20,6 +20,7 @@ from quaver.audio import Audio
 from quaver.config import LANGUAGES
 from quaver.engine import Engine
 from quaver.errors import AudioError, RecipeError, VoiceError
+from quaver.model.encoders import load_codec_encoder
 from quaver.model.tts import TTS
 from quaver.voice import Voice
 
@@ -169,7 +170,7 @@ def test_recordings_become_codes(toy_tts, recordings):
     assert [tuple(item.codes.shape) for item in items] == [(13, 16), (13, 16)]
     sound = torch.from_numpy(audio.read(recordings.with_name("a.wav")).samples)[None]
     with torch.inference_mode():
-        assert torch.equal(items[0].codes, toy_tts.codec.encoder.encode(sound)[0].T)
+        assert torch.equal(items[0].codes, load_codec_encoder(toy_tts.checkpoint).encode(sound)[0].T)
     assert items[1].utterance.voice.name == "b" and items[1].utterance.voice.speaker.shape == (128,)
     assert told[-1] == ("encoding recordings", 2, 2)
     assert len(corpus.load(toy_tts, recordings, 1)) == 1

@@ -98,7 +98,7 @@ def test_in_context_speech_leaves_the_reference_out(engine):
     assert len(speech.audio.samples) == 20 * 1920
     spoken = engine.codes([engine.tts.prompt(utterance)], [3], SHORT)[0]
     with torch.inference_mode():
-        both = engine.tts.codec.decoder(torch.cat((codes, spoken)).T[None]).flatten()
+        both = engine.tts.decoder(torch.cat((codes, spoken)).T[None]).flatten()
     expected = both[6 * 1920 :].numpy()
     middle = slice(200, -200)
     assert np.abs(speech.audio.samples[middle] - expected[middle]).max() < 1e-5

@@ -16,8 +16,9 @@ from quaver import cli, export
 from quaver.checkpoint import Checkpoint, Step
 from quaver.errors import CheckpointError, RecipeError
 from quaver.int4 import Int4Linear, Int4Weight
+from quaver.model.homes import LAYERS
 from quaver.model.layers import GROUPS
-from quaver.model.tts import LAYERS, TTS
+from quaver.model.tts import TTS
 from quaver.provenance import walk
 from quaver.verify import verify
 

@@ -26,9 +26,8 @@ FLOORS = (
         "plots",
     ),
     ("sampling", "int4", "int8", "recorded", "model"),
-    ("kernels", "frame", "guard", "engine"),
+    ("kernels", "frame", "guard", "ledger", "runtime", "take", "engine"),
     (
-        "ledger",
         "plan",
         "card",
         "verify",

@@ -18,8 +18,9 @@ from quaver.engine import Engine
 from quaver.errors import CheckpointError, RecipeError
 from quaver.int4 import Int4Linear
 from quaver.int8 import Int8Embedding, Int8Linear
+from quaver.model.homes import TEXT_EMBEDDING
 from quaver.model.layers import GROUPS
-from quaver.model.tts import TEXT_EMBEDDING, TTS, Utterance
+from quaver.model.tts import TTS, Utterance
 from quaver.provenance import Step
 from quaver.recipe import COMPACT, Recipe
 from quaver.stream import Stream
@@ -144,7 +145,7 @@ def test_the_codecs_decoder_is_bfloat16_and_its_encoder_as_it_was(source, made):
         assert after[name].dtype == wanted.dtype and torch.equal(after[name], wanted)
     assert after["decoder.pre_conv.conv.weight"].dtype == torch.bfloat16
     assert (made[0] / CODEC / "config.json").read_bytes() == (source / CODEC / "config.json").read_bytes()
-    sound = TTS.load(made[0]).codec.decoder(torch.zeros(1, 16, 3, dtype=torch.long))
+    sound = TTS.load(made[0]).decoder(torch.zeros(1, 16, 3, dtype=torch.long))
     assert sound.dtype == torch.float32 and bool(sound.isfinite().all())
 
 

@@ -11,8 +11,8 @@ from quaver.audio import Audio
 from quaver.checkpoint import Checkpoint
 from quaver.config import SpeakerConfig
 from quaver.errors import AudioError, CheckpointError
+from quaver.model.encoders import load_speaker_encoder
 from quaver.model.speaker import SpeakerEncoder, _analysis, mel, mel_filterbank
-from quaver.model.tts import load_speaker_encoder
 
 TINY = SpeakerConfig(enc_dim=32, enc_channels=(16, 16, 16, 16, 48), enc_attention_channels=8, enc_se_channels=8)
 

@@ -14,7 +14,8 @@ from quaver import corpus
 from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine
 from quaver.errors import CheckpointError
-from quaver.model.tts import LAYERS, TTS, Utterance
+from quaver.model.homes import LAYERS
+from quaver.model.tts import TTS, Utterance
 from quaver.model.visiting import Visiting
 from quaver.provenance import Step
 from quaver.voice import Voice

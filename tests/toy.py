@@ -10,8 +10,8 @@ from torch import Tensor
 from quaver import awq
 from quaver.awq_search import nearest
 from quaver.checkpoint import Checkpoint, Step
+from quaver.model.homes import LAYERS
 from quaver.model.layers import GROUPS
-from quaver.model.tts import LAYERS
 from random_model import random_checkpoint
 
 N_CODES = 64

@@ -41,7 +41,7 @@ from quaver.config import ModelConfig, parse
 from quaver.engine import Engine, Knobs
 from quaver.files import write_file
 from quaver.model import speaker as speaker_encoder
-from quaver.model.codec_encoder import Codec
+from quaver.model.codec import CodecDecoder
 from quaver.model.tts import TTS, Layout, Model, Utterance
 from quaver.sampling import ENDED, Sampling
 from quaver.text import Tokenizer
@@ -857,7 +857,7 @@ def main() -> None:
         flush=True,
     )
     where = SimpleNamespace(config=config, path=Path("no-checkpoint"))
-    engine = Engine(TTS(cast(Checkpoint, where), model, cast(Codec, None), tokenizer))
+    engine = Engine(TTS(cast(Checkpoint, where), model, cast(CodecDecoder, None), tokenizer))
     # The same weights everywhere, other examples.
     torch.manual_seed(settings.seed + ranks.rank)
     examples.rng = np.random.default_rng(settings.seed + ranks.rank)

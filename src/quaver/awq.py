@@ -27,8 +27,9 @@ from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_new
 from quaver.int4 import GROUP, require_shape
 from quaver.meter import Meter, host_bytes, limited
+from quaver.model.homes import LAYERS
 from quaver.model.layers import GROUPS, Decoder, DecoderLayer
-from quaver.model.tts import LAYERS, TTS, require_device
+from quaver.model.tts import TTS, require_device
 from quaver.partial import Partial
 from quaver.provenance import Step
 from quaver.stack import Stack, Store

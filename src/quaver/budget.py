@@ -26,7 +26,8 @@ from quaver.errors import BudgetError, RecipeError
 from quaver.int4 import Int4Linear
 from quaver.int8 import Int8Embedding, Int8Linear, Int8Weight
 from quaver.mixed import halved_type, rows_kept, stored_as, with_speech
-from quaver.model.tts import LAYERS, TEXT_EMBEDDING, TTS, Model
+from quaver.model.homes import LAYERS, TEXT_EMBEDDING
+from quaver.model.tts import TTS, Model
 from quaver.recipe import PREDICTOR, Measured, Recipe, settings
 from quaver.stack import Store
 from quaver.validate import Opinion

@@ -136,9 +136,10 @@ class Checkpoint:
         specs = {name: spec for name, spec in self.specs.items() if name.startswith(prefix)}
         return _edited(_stream(specs), [fn for _, fn in self.edits])
 
-    def codec_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def codec_tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Every tensor's name and value of the speech tokenizer after the edits, likewise."""
-        return _edited(_stream(self.codec_specs), self.codec_edits)
+        specs = {name: spec for name, spec in self.codec_specs.items() if name.startswith(prefix)}
+        return _edited(_stream(specs), self.codec_edits)
 
     def save(self, out: str | Path) -> Checkpoint:
         """Writes the edited model (see `write`) and opens it."""

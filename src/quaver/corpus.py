@@ -25,6 +25,8 @@ from quaver.config import FRAME_RATE_HZ
 from quaver.engine import Engine
 from quaver.errors import RecipeError, VoiceError
 from quaver.files import sha256
+from quaver.model.codec_encoder import CodecEncoder
+from quaver.model.encoders import load_codec_encoder
 from quaver.model.speaker import SAMPLE_RATE_HZ
 from quaver.model.tts import TTS, Prompt, Utterance, references
 from quaver.voice import Voice
@@ -160,24 +162,21 @@ def load(tts: TTS, path: str | Path, n: int | None = None, progress: Progress | 
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("audio"), str):
             raise RecipeError(f'{path}, line {number}: it needs an "audio": the recording that says the text')
-    # Where memory is short it is left on the host.
-    tts.codec.encoder.to(tts.device)
+    encoder = load_codec_encoder(tts.checkpoint, tts.device)
     items = []
     for number, row in enumerate(rows, 1):
-        items.append(_recorded(tts, row, path.parent))
+        items.append(_recorded(tts, encoder, row, path.parent))
         if progress:
             progress("encoding recordings", number, len(rows))
     return items
 
 
 @torch.inference_mode()
-def _recorded(tts: TTS, row: dict[str, Any], folder: Path) -> Item:
+def _recorded(tts: TTS, encoder: CodecEncoder, row: dict[str, Any], folder: Path) -> Item:
     recording = audio_files.read(folder / row["audio"])
     audio_files.require_speech(recording, row["audio"])
     samples = torch.from_numpy(audio_files.resample(recording, SAMPLE_RATE_HZ).samples)[None]
-    encoder = tts.codec.encoder
-    parameter = next(encoder.parameters())
-    codes = encoder.encode(samples.to(parameter.device, parameter.dtype))[0].T.cpu()
+    codes = encoder.encode(samples.to(tts.device))[0].T.cpu()
     voice = None
     if row.get("voice"):
         near = folder / row["voice"]

@@ -10,28 +10,36 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quaver import meter, runtime
 from quaver.audio import Audio
-from quaver.errors import RecipeError
-from quaver.guard import Guard, Runaway, Watch, length
+from quaver.checkpoint import Checkpoint
+from quaver.errors import BudgetError, RecipeError
+from quaver.guard import Guard
+from quaver.int8 import Int8Embedding, Int8Linear
+from quaver.model.encoders import load_codec_encoder
 from quaver.model.speaker import SAMPLE_RATE_HZ
-from quaver.model.tts import TTS, Prompt, Utterance
+from quaver.model.tts import TTS, Prompt, Utterance, require_device
 from quaver.sampling import ENDED, MIN_FRAMES, Sampling, distribution, draw, uniforms
+from quaver.take import FinishReason, Take
 from quaver.text import split_sentences
 
 if TYPE_CHECKING:
     from quaver.frame import FrameGraph, Weights
 
-FinishReason = Literal["stop", "length", "runaway-trimmed", "runaway-retried"]
-"""How a sentence ended: by itself; at ``max_frames``; cut where it should have ended; by itself with a later seed."""
-
 GUARD = Guard()
 """What is done by default about speech that never ends: it is cut."""
+
+ROOM_S = 30.0
+"""How long a sentence may be, by default, where memory is limited: what is loaded leaves room for that."""
+
+T = TypeVar("T")
 
 _GAP_S = 0.12
 _FADE_S = 0.005
@@ -193,14 +201,42 @@ class Graphed:
 class Engine:
     """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
 
-    ``graphs`` False keeps to plain PyTorch there too.
+    ``graphs`` False keeps to plain PyTorch there too. ``memory_bytes`` is what all of it may take of the device: what
+    would take more is refused, with the figures, before anything is said.
     """
 
-    def __init__(self, tts: TTS, *, graphs: bool = True) -> None:
+    def __init__(self, tts: TTS, *, graphs: bool = True, memory_bytes: int | None = None) -> None:
         self.tts = tts
-        self._graphs = graphs and tts.device.type == "cuda" and find_spec("triton") is not None
+        # Kernels know plain weights and INT4.
+        in_int8 = any(
+            isinstance(module, Int8Linear | Int8Embedding)
+            for name, module in tts.talker.named_modules()
+            if not name.startswith("model.text_embedding")
+        )
+        self._graphs = graphs and tts.device.type == "cuda" and find_spec("triton") is not None and not in_int8
+        self._memory_bytes = memory_bytes
         self._weights: Weights | None = None
         self._idle: list[FrameGraph] = []
+        self._n_positions = 0
+
+    @classmethod
+    def load(
+        cls, source: str | Path | Checkpoint, *, codec: str | Path | None = None, device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None, memory_bytes: int | None = None, room_s: float = ROOM_S,
+    ) -> Engine:  # fmt: skip
+        """The model that ``source`` names (see TTS.load), ready to speak in ``memory_bytes`` of ``device``.
+
+        Where that is not much, more of it waits on the host, as far as a sentence of ``room_s`` seconds needs it.
+        PyTorch is held to it in the whole process. Raises BudgetError, with the figures, where nothing fits.
+        """
+        checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, codec=codec)
+        if memory_bytes is None:
+            return cls(TTS.load(checkpoint, device=device, dtype=dtype))
+        device = require_device(device)
+        fits = runtime.fit(checkpoint, runtime.Request.seconds(room_s), device, memory_bytes, dtype)
+        meter.cap(device, memory_bytes)
+        tts = TTS.load(checkpoint, device=device, dtype=dtype, placement=fits.placement)
+        return cls(tts, memory_bytes=memory_bytes)
 
     @property
     def knobs(self) -> Knobs:
@@ -208,45 +244,93 @@ class Engine:
         defaults = self.tts.defaults
         return Knobs(defaults.sampling, defaults.residual, defaults.max_frames)
 
-    @torch.inference_mode()
+    def release(self) -> None:
+        """Lets go of what is kept for the next request: caches and graphs. Weights stay."""
+        self._idle.clear()
+        if self.tts.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _told(self, steps: Iterator[T]) -> Iterator[T]:
+        """``steps``; where memory runs out in them, a BudgetError, and the engine can be asked for less."""
+        while True:
+            short = None
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+            except (MemoryError, RuntimeError) as error:
+                short = meter.shortage(error)
+                if short is None:
+                    raise
+            if short is not None:
+                # Not while the error is at hand: it holds on to all that was at work.
+                self.release()
+                raise BudgetError(
+                    f"out of memory on {self.tts.device} ({short}): say less at a time (shorter sentences, "
+                    "--max-seconds, fewer utterances side by side), or leave more of the model on the host (--memory)"
+                )
+            yield step
+
     def frames(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> Iterator[Frame]:
         """A Frame a step, until every row has stopped; a stopped row has ENDED in each code.
 
         A row's codes depend on its own prompt and seed alone, whoever shares the batch (but for float rounding).
-        A row that never has ENDED when the iterator is done was cut at ``max_frames``.
+        A row that never has ENDED when the iterator is done was cut at ``max_frames``. Raises BudgetError where memory
+        does not suffice.
         """
-        knobs = knobs or self.knobs
+        return self._told(self._frames(prompts, seeds, knobs or self.knobs))
+
+    @torch.inference_mode()
+    def _frames(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs) -> Iterator[Frame]:
+        self._check_room(prompts, knobs)
         graph = self._graph_for(prompts, knobs) if self._graphs else None
+        whole = False
         try:
             batch: Batch = (
                 Rows(self.tts, prompts, seeds, knobs) if graph is None else Graphed(graph, prompts, seeds, knobs)
             )
             for _ in range(knobs.max_frames):
+                whole = False
                 frame = batch.step()
+                whole = True
                 if frame is None:
                     return
                 yield frame
         finally:
-            if graph is not None:
+            # A graph whose step failed may be in any state.
+            if graph is not None and whole:
                 self._idle.append(graph)
+
+    def _check_room(self, prompts: Sequence[Prompt], knobs: Knobs) -> None:
+        """Raises BudgetError, with the figures, where what is asked for would take more memory than is allowed."""
+        if self._memory_bytes is not None:
+            n_prompt = max(len(prompt.embeds) for prompt in prompts)
+            request = runtime.Request(knobs.max_frames, n_prompt, len(prompts))
+            tts = self.tts
+            runtime.check(
+                runtime.weigh(tts.checkpoint, request, tts.device, tts.placement, tts.dtype), self._memory_bytes
+            )
 
     def _graph_for(self, prompts: Sequence[Prompt], knobs: Knobs) -> FrameGraph:
         """An idle graph of one slot a prompt, with room for them; one is built where none fits.
 
-        Sizes are rounded up to powers of two, so that few are built; one that became too small is let go.
+        Sizes are rounded up to powers of two, so that few are built, and where memory is limited as little as can be,
+        for there only one is kept; one that became too small is let go.
         """
         from quaver.frame import FrameGraph, Weights
 
+        scarce = self._memory_bytes is not None
         n_positions = max(len(prompt.embeds) for prompt in prompts) + knobs.max_frames
         n_lines = min(max(len(prompt.tail) for prompt in prompts), knobs.max_frames)
-        same = [graph for graph in self._idle if graph.n_slots == len(prompts)]
-        for graph in same:
-            self._idle.remove(graph)
-            if graph.capacity >= n_positions and graph.n_lines >= n_lines:
-                return graph
+        for index, graph in enumerate(self._idle):
+            if graph.n_slots == len(prompts) and graph.capacity >= n_positions and graph.n_lines >= n_lines:
+                return self._idle.pop(index)
+        self._idle = [] if scarce else [graph for graph in self._idle if graph.n_slots != len(prompts)]
         if self._weights is None:
             self._weights = Weights(self.tts)
-        return FrameGraph(self._weights, len(prompts), _power_of_two(n_positions), _power_of_two(n_lines))
+        sizes = (max(n_positions, self._n_positions), n_lines)
+        n_positions, n_lines = (_in_steps(n) if scarce else _power_of_two(n) for n in sizes)
+        return FrameGraph(self._weights, len(prompts), n_positions, n_lines)
 
     def codes(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> list[Tensor]:
         """Whole utterances: for each prompt its frames [T, Q]."""
@@ -259,11 +343,9 @@ class Engine:
     @cached_property
     def silence(self) -> frozenset[int]:
         """The codes of codebook 0 that the codec gives to silence, its first second aside."""
-        encoder = self.tts.codec.encoder
-        parameter = next(encoder.parameters())
+        encoder = load_codec_encoder(self.tts.checkpoint)
         with torch.inference_mode():
-            nothing = torch.zeros(1, 2 * SAMPLE_RATE_HZ, dtype=parameter.dtype, device=parameter.device)
-            codes = encoder.encode(nothing)[0, 0]
+            codes = encoder.encode(torch.zeros(1, 2 * SAMPLE_RATE_HZ))[0, 0]
         return frozenset(codes[len(codes) // 2 :].tolist())
 
     def speak(
@@ -281,7 +363,8 @@ class Engine:
         sentence are faded over 5 ms, so that no join clicks. ``guard`` says what is done about a sentence that never
         ends; None leaves the model alone. What was sent cannot be taken back: only with ``settled``, where a sentence
         is not heard before it has ended, is it cut exactly, or tried again.
-        Raises what TTS.prompt raises, before the first chunk, and RecipeError for retries of what is sent at once.
+        Raises what TTS.prompt raises, before the first chunk, RecipeError for retries of what is sent at once, and
+        BudgetError where memory does not suffice.
         """
         if chunk_frames < 1:
             raise RecipeError(f"chunk_frames is {chunk_frames}: it must be 1 or more")
@@ -295,11 +378,15 @@ class Engine:
         ]
         prompts = [self.tts.prompt(part) for part in parts]
         takes = [
-            _Take(self, part, prompt, knobs or self.knobs, guard) for part, prompt in zip(parts, prompts, strict=True)
+            Take(self, part, prompt, knobs or self.knobs, guard) for part, prompt in zip(parts, prompts, strict=True)
         ]
-        return self._speak(takes, chunk_frames, settled=settled)
+        for take in takes:
+            self._check_room([take.prompt], take.knobs)
+        # One graph serves all sentences: the first is as long as the longest needs.
+        self._n_positions = max(len(take.prompt.embeds) + take.knobs.max_frames for take in takes)
+        return self._told(self._speak(takes, chunk_frames, settled=settled))
 
-    def _speak(self, takes: Sequence[_Take], chunk_frames: int, *, settled: bool) -> Iterator[Chunk]:
+    def _speak(self, takes: Sequence[Take], chunk_frames: int, *, settled: bool) -> Iterator[Chunk]:
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         gap = np.zeros(round(_GAP_S * rate_hz), np.float32)
         for index, take in enumerate(takes):
@@ -307,12 +394,12 @@ class Engine:
             if index + 1 < len(takes):
                 yield Chunk(Audio(gap, rate_hz), 0)
 
-    def _sentence(self, take: _Take, frames: Iterable[Tensor], chunk_frames: int) -> Iterator[Chunk]:
+    def _sentence(self, take: Take, frames: Iterable[Tensor], chunk_frames: int) -> Iterator[Chunk]:
         """One sentence's chunks. Its last 5 ms are held back until it is known whether they end it."""
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         n_fade = round(_FADE_S * rate_hz)
         ramp = np.linspace(0, 1, n_fade, dtype=np.float32)
-        stream = self.tts.codec.decoder.stream()
+        stream = self.tts.decoder.stream()
         voice = take.part.voice
         if voice is not None and voice.codes is not None:
             stream.push(voice.codes.to(self.tts.device))
@@ -358,49 +445,11 @@ class Engine:
         )
 
 
-class _Take:
-    """A sentence to be spoken; once its frames are there, the ``reason`` it ended and how many are worth keeping."""
-
-    def __init__(self, engine: Engine, part: Utterance, prompt: Prompt, knobs: Knobs, guard: Guard | None) -> None:
-        self._engine, self.part, self._prompt, self._knobs, self._guard = engine, part, prompt, knobs, guard
-        self.reason: FinishReason = "stop"
-        self.n_kept = 0
-
-    @property
-    def _ran_away(self) -> bool:
-        return self.reason == "runaway-trimmed"
-
-    def settled(self) -> list[Tensor]:
-        """The frames [Q] of the first try that does not run away; those of the first of all, cut, where each does."""
-        first = list(self.streamed())
-        if not self._ran_away or self._guard is None:
-            return first
-        n_kept = self.n_kept
-        for retry in range(1, self._guard.retries + 1):
-            again = list(self.streamed(retry))
-            if not self._ran_away:
-                self.reason = "runaway-retried"
-                return again
-        self.n_kept = n_kept
-        return first[:n_kept]
-
-    def streamed(self, retry: int = 0) -> Iterator[Tensor]:
-        """The frames [Q] as they are made, no further than where a watch sees that they ran away."""
-        engine, knobs = self._engine, self._knobs
-        watch = None if self._guard is None else Watch(length(self.part), lambda: engine.silence)
-        n_frames = 0
-        for codes, stop in engine.frames([self._prompt], [self.part.seed + retry], knobs):
-            n_frames += 1
-            runaway: Runaway | None = None if watch is None else watch.push(int(codes[0, 0]), float(stop[0]))
-            if runaway is not None:
-                self.reason, self.n_kept = "runaway-trimmed", runaway.keep
-            if runaway is None or runaway.keep == n_frames:
-                yield codes[0]
-            if runaway is not None:
-                return
-        self.reason, self.n_kept = "length" if n_frames == knobs.max_frames else "stop", n_frames
-
-
 def _power_of_two(n: int) -> int:
     """The least power of two from 64 on that is ``n`` or more."""
     return max(64, 1 << (n - 1).bit_length())
+
+
+def _in_steps(n: int) -> int:
+    """The least multiple of the step of a cache's length that is ``n`` or more."""
+    return -(-n // runtime.POSITIONS) * runtime.POSITIONS

@@ -23,8 +23,9 @@ from quaver.corpus import Progress
 from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_new, new_folder
 from quaver.int4 import GROUP, IN_TURN, pack, unpack
+from quaver.model.homes import LAYERS
 from quaver.model.talker import TextProjection
-from quaver.model.tts import LAYERS, shapes
+from quaver.model.tts import shapes
 from quaver.provenance import PROVENANCE, Provenance, Step
 from quaver.recipe import readers
 

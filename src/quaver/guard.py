@@ -20,6 +20,7 @@ from typing import Literal
 from quaver.config import FRAME_RATE_HZ
 from quaver.errors import RecipeError
 from quaver.model.tts import Utterance
+from quaver.text import split_sentences
 
 Sign = Literal["loop", "silence", "passed its stop", "length"]
 """What gave a runaway away."""
@@ -104,6 +105,13 @@ def length(utterance: Utterance) -> Length:
     pauses_s = _PAUSE_S * len(_PAUSE.findall(utterance.text))
     frames = [seconds * FRAME_RATE_HZ for seconds in (text_s, _LATE * text_s + pauses_s, _MOST * text_s + pauses_s)]
     return Length(math.ceil(frames[0]), math.ceil(patience * frames[1]), math.ceil(patience * frames[2]))
+
+
+def longest_s(text: str, language: str, max_s: float | None = None) -> float:
+    """The longest that a sentence of ``text`` can last, in seconds: where a watch ends it, or ``max_s``."""
+    sentences = split_sentences(text) or [text]
+    most = max(length(Utterance(sentence, language)).most for sentence in sentences) / FRAME_RATE_HZ
+    return most if max_s is None else min(most, max_s)
 
 
 def _reading_s(text: str, language: str) -> float:

@@ -29,6 +29,8 @@ IN_TURN = tuple(range(8))
 _INVERSE = tuple(ORDER.index(column) for column in range(8))
 # Rows are dequantized in tiles of about this many values, which stay in a core's cache until they are multiplied.
 _TILE = 1 << 19
+# And on a GPU in parts of so many, 6 bytes each while they are made.
+_PART = 1 << 22
 
 
 def pack(values: Tensor, order: Sequence[int] = ORDER) -> Tensor:
@@ -135,8 +137,18 @@ class Lanes:
         values = columns.view(*self.zeros.shape, GROUP // 8, 8).transpose(2, 3).flatten(1)
         return Int4Weight(values, self.zeros, self.scales.float())
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] rounded to ``dtype``."""
+        weight = self.weight()
+        levels = weight.values.view(torch.int8).view(*self.zeros.shape, GROUP) - self.zeros.view(torch.int8)[..., None]
+        dense = torch.empty(levels.shape, dtype=dtype, device=levels.device)
+        return torch.mul(levels, weight.scales[..., None], out=dense).flatten(1)
+
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight().dequantize().to(x.dtype))
+        # Part by part: a whole weight, made for the prompt alone, would take more than all that is computed.
+        n_rows = max(1, _PART // (GROUP * self.zeros.shape[1]))
+        parts = (self.rows(start, start + n_rows) for start in range(0, len(self.packed), n_rows))
+        return torch.cat([F.linear(x, part.dense(x.dtype)) for part in parts], dim=-1)
 
 
 class Int4Linear(nn.Module):
@@ -173,9 +185,14 @@ class Int4Linear(nn.Module):
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Repacks for activations of ``dtype`` on a CPU and lets the stored tensors go; elsewhere changes nothing."""
+        """Repacks for activations of ``dtype`` on a CPU, and for kernels on a GPU; the stored tensors are let go."""
         stored = self._stored()
-        if stored is None or stored[0].device.type != "cpu":
+        if stored is None:
+            return
+        if stored[0].device.type == "cuda":
+            self.hold(Lanes.of(Int4Weight.read(*stored)))
+            return
+        if stored[0].device.type != "cpu":
             return
         weight = Int4Weight.read(*stored)
         self._kernel = _Operator(weight) if _Operator.fits(weight, dtype) else _Tiles(weight)

@@ -8,7 +8,7 @@ from typing import Any
 
 from quaver.checkpoint import Checkpoint, Spec
 from quaver.model.filling import PACKED_SUFFIXES
-from quaver.model.tts import memory_bytes
+from quaver.model.homes import memory_bytes
 
 _PARTS: tuple[tuple[str, str], ...] = (
     ("talker.code_predictor.model.layers.", "predictor layers"),

@@ -69,6 +69,30 @@ def limited(device: torch.device, n_bytes: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before, index)
 
 
+def cap(device: torch.device, n_bytes: int) -> None:
+    """From here on PyTorch holds ``n_bytes`` of a GPU's memory at most, and a sixteenth more for its own rounding.
+
+    It is so for the whole process. On a CPU nothing changes.
+    """
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, n_bytes * 17 / 16 / total), index)
+
+
+def shortage(error: BaseException) -> str | None:
+    """What was wanted, in words, where ``error`` says that memory ran out; None for any other error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        # The rest tells of PyTorch's own settings.
+        return ". ".join(text.split(". ")[:2]).removesuffix(".")
+    if isinstance(error, MemoryError):
+        return text or "the machine has no more"
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text:
+        return text[text.index("DefaultCPUAllocator") :]
+    return None
+
+
 def host_bytes() -> int | None:
     """The most memory this process has had resident: mapped files and libraries included; None on Windows."""
     if _STATUS.exists():

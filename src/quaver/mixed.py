@@ -25,7 +25,8 @@ from quaver.int8 import Int8Embedding, Int8Linear, Int8Weight
 from quaver.ledger import megabytes
 from quaver.meter import host_bytes
 from quaver.model.filling import PACKED_SUFFIXES
-from quaver.model.tts import TEXT_EMBEDDING, TTS, Model
+from quaver.model.homes import TEXT_EMBEDDING
+from quaver.model.tts import TTS, Model
 from quaver.provenance import Step
 from quaver.recipe import PREDICTOR_LAYERS, RECIPE, STORES, Recipe, readers, settings
 from quaver.scripts import kept_ids

@@ -22,7 +22,8 @@ from quaver.config import LANGUAGES
 from quaver.corpus import Item, Progress
 from quaver.judge import Judges
 from quaver.limits import JudgedLimits
-from quaver.model.tts import load_speaker_encoder, references
+from quaver.model.encoders import load_speaker_encoder
+from quaver.model.tts import references
 from quaver.plots import Plot, Series
 from quaver.report import Cell, Gate, Metric, Section, Table, gate
 

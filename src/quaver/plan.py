@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 
 from quaver import awq, ledger
-from quaver.checkpoint import INDEX, Spec, read_specs, resolve
-from quaver.config import CodecConfig, read_codec_config, read_model_config
+from quaver.checkpoint import INDEX, Checkpoint, Spec, read_specs, resolve
+from quaver.config import CodecConfig, ModelConfig, read_codec_config, read_model_config
 from quaver.errors import CheckpointError
 from quaver.ledger import Entry, megabytes
 from quaver.mixed import halved_type, stored_as
 from quaver.model.codec_encoder import Codec
-from quaver.model.tts import memory_bytes
+from quaver.model.homes import memory_bytes
 from quaver.provenance import CODEC, Provenance
 from quaver.recipe import COMPACT, settings
 
@@ -31,7 +31,7 @@ _HOW: Mapping[Name, tuple[str, str]] = {
     "bf16": ("as published", "quaver blend"),
     "int4": ("the talker's linears in AWQ INT4", "quaver quantize"),
     "compact": (
-        "int4, and code predictor and text embedding in INT8, codec decoder in bfloat16 (float32 in memory)",
+        "int4, and code predictor and text embedding in INT8, codec decoder in bfloat16 (computed in float32)",
         "quaver quantize --profile compact",
     ),
 }
@@ -84,11 +84,7 @@ def plan(
     codec_file = _codec_configuration(beside, codec)
     stored, codec_stored = _stored(beside), {} if codec_file is None else _stored(codec_file.parent)
     codec_specs = {} if codec_file is None else _codec_specs(read_codec_config(codec_file), codec_stored, codec_file)
-    changed: Mapping[Name, Mapping[str, Any]] = {
-        "bf16": {},
-        "int4": {"quantization_config": awq.settings()},
-        "compact": settings(COMPACT, config),
-    }
+    changed = _changed(config)
     profiles = tuple(
         Profile(name, *_HOW[name], _weighed(name, stored_as(config, changed[name], stored, file), codec_specs, device))
         for name in names
@@ -101,6 +97,38 @@ def plan(
         device=device,
         profiles=profiles,
     )
+
+
+def imagined(source: str | Path, name: Name, *, codec: str | Path | None = None) -> Checkpoint:
+    """The model of a configuration in the profile ``name``, without weights: for what can be told beforehand alone.
+
+    Raises CheckpointError as ``plan`` does, and where there is no configuration of the codec.
+    """
+    file = _configuration(source)
+    config, beside = read_model_config(file), file.parent
+    codec_file = _codec_configuration(beside, codec)
+    if codec_file is None:
+        raise CheckpointError(f"{source} has no speech tokenizer beside it: name it with --codec")
+    codec_config, changed = read_codec_config(codec_file), _changed(config)[name]
+    return Checkpoint(
+        path=file,
+        codec_path=codec_file.parent,
+        config=config.with_keys(changed),
+        codec_config=codec_config,
+        settings={},
+        specs=stored_as(config, changed, _stored(beside), file),
+        codec_specs=_codec_specs(codec_config, _stored(codec_file.parent), codec_file),
+        provenance=Provenance(),
+    )
+
+
+def _changed(config: ModelConfig) -> Mapping[Name, Mapping[str, Any]]:
+    """What each profile changes of config.json."""
+    return {
+        "bf16": {},
+        "int4": {"quantization_config": awq.settings()},
+        "compact": settings(COMPACT, config),
+    }
 
 
 def _configuration(source: str | Path) -> Path:

@@ -17,8 +17,8 @@ from quaver import awq
 from quaver.checkpoint import Checkpoint
 from quaver.config import ModelConfig
 from quaver.errors import RecipeError
+from quaver.model.homes import LAYERS, TEXT_EMBEDDING
 from quaver.model.layers import GROUPS
-from quaver.model.tts import LAYERS, TEXT_EMBEDDING
 from quaver.scripts import SCRIPTS
 from quaver.stack import Store
 

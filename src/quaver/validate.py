@@ -248,7 +248,7 @@ def _side(name: str, tts: TTS, spoken: Sequence[Item]) -> Side:
     rate_hz = tts.checkpoint.codec_config.output_sample_rate
     sounds = []
     for item in spoken:
-        samples = tts.codec.decoder(item.codes.T[None].to(tts.device))[0] if len(item.codes) else torch.zeros(0)
+        samples = tts.decoder(item.codes.T[None].to(tts.device))[0] if len(item.codes) else torch.zeros(0)
         sounds.append(Audio(samples.float().cpu().numpy(), rate_hz))
     total = ledger.weigh(tts.checkpoint, device=str(tts.device)).total
     return Side(name, spoken, sounds, total.disk_bytes, total.memory_bytes)

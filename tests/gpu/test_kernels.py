@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 import toy
+from quaver import int4
 from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine, Graphed, Knobs
 from quaver.int4 import GROUP, Int4Weight, Lanes, representable
@@ -68,6 +69,17 @@ def test_the_layout_for_the_gpu_holds_the_same_integers():
     assert torch.equal(again.values, weight.values)
     assert torch.equal(again.zeros, weight.zeros)
     assert torch.equal(again.scales, weight.scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_product_of_that_layout_is_a_plain_product_part_by_part(dtype, monkeypatch):
+    weight = random_int4(24, 384)
+    exact = weight.dequantize().to(dtype)
+    monkeypatch.setattr(int4, "_PART", 10 * 384)
+    lanes = Lanes.of(weight)
+    assert torch.equal(lanes.dense(dtype), exact)
+    x = torch.randn(5, 384).to(dtype)
+    assert torch.allclose(lanes(x), F.linear(x, exact), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("tensor_cores", [None, True])

@@ -8,13 +8,16 @@ from typing import Literal
 
 import click
 
-from quaver import ledger, plan, validate
+from quaver import budget, ledger, plan, runtime, validate
 from quaver.card import card, check_place
 from quaver.checkpoint import Checkpoint
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, judge_options, judging, model_options
-from quaver.errors import Damaged
+from quaver.config import FRAME_RATE_HZ
+from quaver.errors import Damaged, RecipeError
 from quaver.files import check_new, write_file
 from quaver.verify import verify
+
+FRAME_S = 1 / FRAME_RATE_HZ
 
 
 @cli.command(name="validate")
@@ -54,15 +57,42 @@ def validate_command(
 @click.argument("source")
 @click.option("--codec", metavar="PATH_OR_ID", help="Where the speech tokenizer is, if not in the model's folder.")
 @click.option("--device", default="cpu", show_default=True, help="Where memory is counted: cpu or cuda.")
+@click.option("--runtime", "speaking", is_flag=True, help="Show what speaking takes of the device, line by line.")
+@click.option("--memory", metavar="SIZE", help="With --runtime: plan for so much, such as 1.2GB.")
+@click.option("--seconds", type=float, default=30.0, show_default=True, help="With --runtime: speech at a time.")
+@click.option("--profile", type=click.Choice(["bf16", "int4", "compact"]),
+              help="With --runtime, of a config.json alone: how the model is stored.")  # fmt: skip
 @json_option
-def info(source: str, codec: str | None, device: str, *, as_json: bool) -> None:
+def info(
+    source: str, codec: str | None, device: str, memory: str | None, seconds: float,
+    profile: Literal["bf16", "int4", "compact"] | None, *, speaking: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Show each module of SOURCE: parameters, type, bytes on disk and in memory, what is quantized."""
+    if speaking:
+        imagined = profile is not None or Path(source).is_file()
+        of = plan.imagined(source, profile or "bf16", codec=codec) if imagined else Checkpoint.open(source, codec=codec)
+        _print_runtime(of, device, seconds, memory, as_json=as_json)
+        return
+    if memory is not None or profile is not None:
+        raise RecipeError("--memory and --profile say what --runtime is about: add it, or see quaver plan")
     checkpoint = Checkpoint.open(source, codec=codec)
     weighed = ledger.weigh(checkpoint, device=device)
     if as_json:
         click.echo(json.dumps(weighed.to_json()))
         return
     for line in ledger.table(weighed):
+        click.echo(line)
+
+
+def _print_runtime(of: Checkpoint, device: str, seconds: float, memory: str | None, *, as_json: bool) -> None:
+    if not FRAME_S <= seconds <= 3600:
+        raise RecipeError(f"--seconds is {seconds}: it must be {FRAME_S} (one frame) to 3600")
+    request, limit = runtime.Request.seconds(seconds), None if memory is None else budget.size(memory)
+    found = runtime.weigh(of, request, device) if limit is None else runtime.fit(of, request, device, limit)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+        return
+    for line in runtime.table(found, limit):
         click.echo(line)
 
 

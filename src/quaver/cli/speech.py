@@ -15,12 +15,13 @@ import numpy as np
 
 from quaver import audio
 from quaver.audio import Audio
+from quaver.budget import size
 from quaver.cli.shell import DTYPES, Progress, cli, json_option, model_options
 from quaver.config import FRAME_RATE_HZ
 from quaver.demo import demonstrate
-from quaver.engine import Chunk, Engine, Knobs
+from quaver.engine import ROOM_S, Chunk, Engine, Knobs
 from quaver.errors import RecipeError
-from quaver.guard import Guard
+from quaver.guard import Guard, longest_s
 from quaver.model.tts import TTS, Utterance
 from quaver.sampling import Sampling
 from quaver.voice import Voice
@@ -47,22 +48,27 @@ from quaver.voice import Voice
 @click.option("--guard/--no-guard", default=True, show_default=True, help="End speech that would never end.")
 @click.option("--retries", type=int, default=0, show_default=True,
               help="Before a sentence that never ends is cut, try the next seed so often.")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="What speaking may take of the device, such as 1.2GB: more of the model "
+              "then waits on a GPU's host, and what does not fit is refused beforehand.")  # fmt: skip
 @click.option("--stream", is_flag=True, help="Write sound while it is made: 4 frames (0.32 s) at a time.")
 @model_options
 @json_option
 def say(
     source: str, text: str, out: str, voice: str | None, voice_text: str | None, language: str, instruct: str | None,
     layout: str, seed: int, temperature: float | None, top_k: int | None, top_p: float | None, penalty: float | None,
-    max_seconds: float | None, *, guard: bool, retries: int, stream: bool, codec: str | None, device: str, dtype: str,
-    as_json: bool,
+    max_seconds: float | None, *, guard: bool, retries: int, memory: str | None, stream: bool, codec: str | None,
+    device: str, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Speak TEXT (- reads it from standard input) with the model SOURCE."""
     if text == "-":
         text = sys.stdin.read()
     if out != "-":
         audio.check_target(out)
-    tts = TTS.load(source, codec=codec, device=device, dtype=DTYPES[dtype])
-    engine = Engine(tts)
+    engine = Engine.load(
+        source, codec=codec, device=device, dtype=DTYPES[dtype], memory_bytes=None if memory is None else size(memory),
+        room_s=longest_s(text, language, max_seconds) if guard else max_seconds or ROOM_S,
+    )  # fmt: skip
+    tts = engine.tts
     knobs = _knobs(engine, temperature, top_k, top_p, penalty, max_seconds)
     if retries and not guard:
         raise RecipeError("--retries needs the guard, which sees that a sentence never ends: leave --no-guard out")

@@ -19,7 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quaver.config import CodecDecoderConfig
+from quaver.errors import CheckpointError
 from quaver.model.layers import RMSNorm, Rotary
+from quaver.model.sparing import Linear, apart, lent, parts
+
+_LARGE = 1 << 16
+"""Smaller weights stay in float32: together they take nothing."""
+
+
+def kept_in_half(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the decoder's tensor ``name`` may be kept in half precision: a large weight that is brought in parts."""
+    parent, _, leaf = name.rpartition(".")
+    brings = parent.endswith((".conv", "_proj", ".pwconv1", ".pwconv2")) and ".quantizer." not in parent
+    return leaf == "weight" and brings and math.prod(shape) >= _LARGE
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, value)
 
 
 class Memory:
@@ -61,8 +78,19 @@ class CausalConv(nn.Module):
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         if self.context:
             x = F.pad(x, (self.context, 0)) if memory is None else memory.extend(self, x, self.context)
-        out: Tensor = self.conv(x)
-        return out
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if not apart(conv.weight, x):
+            out: Tensor = conv(x)
+            return out
+        dilation, bias = conv.dilation, conv.bias
+        found = [
+            F.conv1d(x, part, None if bias is None else bias[rows], dilation=dilation)
+            for rows, part in parts(conv.weight, x)
+        ]
+        return torch.cat(found, 1)
 
 
 class CausalTransposedConv(nn.Module):
@@ -84,7 +112,8 @@ class CausalTransposedConv(nn.Module):
             x = F.pad(x, (self.context, 0)) if memory is None else memory.extend(self, x, self.context)
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
-        spread = x.transpose(1, 2) @ weight.flatten(1)
+        terms = (x[:, rows].transpose(1, 2) @ part.flatten(1) for rows, part in parts(weight, x))
+        spread = reduce(torch.add, terms)
         spread = spread.view(*spread.shape[:2], weight.shape[1], -1, self.stride)
         # Tap j of an output's kernel belongs to the input j steps before it.
         taps = [spread[:, self.context - j :, :, j][:, :n] for j in range(self.context + 1)]
@@ -124,10 +153,10 @@ class CodecAttention(nn.Module):
         self.head_dim = head_dim
         self.grouped = heads != kv_heads
         self.window = window
-        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, heads * head_dim, bias=False)
+        self.k_proj = Linear(hidden, kv_heads * head_dim, bias=False)
+        self.v_proj = Linear(hidden, kv_heads * head_dim, bias=False)
+        self.o_proj = Linear(heads * head_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, memory: Memory | None = None) -> Tensor:
         batch, n, _ = x.shape
@@ -147,9 +176,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.gate_proj = Linear(hidden, intermediate, bias=False)
+        self.up_proj = Linear(hidden, intermediate, bias=False)
+        self.down_proj = Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -182,10 +211,10 @@ class WindowTransformer(nn.Module):
     def __init__(self, config: CodecDecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.input_proj = nn.Linear(config.latent_dim, config.hidden_size)
+        self.input_proj = Linear(config.latent_dim, config.hidden_size)
         self.layers = nn.ModuleList(WindowLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.output_proj = nn.Linear(config.hidden_size, config.latent_dim)
+        self.output_proj = Linear(config.hidden_size, config.latent_dim)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         n, window = x.shape[1], self.config.sliding_window
@@ -213,8 +242,8 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.dwconv = CausalConv(channels, channels, 7, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.pwconv1 = nn.Linear(channels, 4 * channels)
-        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.pwconv1 = Linear(channels, 4 * channels)
+        self.pwconv2 = Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
@@ -386,6 +415,29 @@ class CodecDecoder(nn.Module):
         """The samples [B, samples_per_frame * T] of quantized ``latents`` [B, codebook_dim, T]; differentiable."""
         return self._samples(latents, None)
 
+    @torch.no_grad()
+    def settle(self, device: torch.device, dtype: torch.dtype, *, on_host: bool = False) -> None:
+        """Brings the decoder to ``device``, to compute in float32; its large weights are kept in ``dtype``.
+
+        Activations in half precision are another matter: they come within a factor of four of float16's largest, and
+        bfloat16 costs 20 dB. ``on_host``: large weights stay in pinned host memory, and codebooks are lent from it.
+        Raises CheckpointError for a weight beyond the range of ``dtype``.
+        """
+        for name, value in list(self.named_parameters()):
+            if kept_in_half(f"decoder.{name}", value.shape):
+                kept = value.to(dtype)
+                if not kept.isfinite().all():
+                    raise CheckpointError(
+                        f"codec tensor decoder.{name} leaves the range of {dtype}: keep it in float32"
+                    )
+                kept = kept.pin_memory() if on_host and device.type == "cuda" else kept.to(device)
+            else:
+                kept = value.to(device, torch.float32)
+            _put(self, name, nn.Parameter(kept, requires_grad=False))
+        for name, buffer in list(self.named_buffers()):
+            wide = buffer.float()
+            _put(self, name, lent(wide, device) if on_host else wide.to(device))
+
     def stream(self, batch: int = 1) -> CodecStream:
         """A new stream of ``batch`` utterances side by side, at frame 0."""
         return CodecStream(self, batch)
@@ -412,7 +464,11 @@ class CodecStream:
     def __init__(self, decoder: CodecDecoder, batch: int) -> None:
         self._decoder = decoder
         self._batch = batch
-        self._memory = Memory(decoder.pre_conv.conv.weight.device)
+        # Biases are always where sound is made; weights may be elsewhere.
+        bias = decoder.pre_conv.conv.bias
+        assert bias is not None
+        self._like = bias
+        self._memory = Memory(bias.device)
 
     @torch.no_grad()
     def push(self, codes: Tensor) -> Tensor:
@@ -423,7 +479,7 @@ class CodecStream:
         batched = codes if codes.dim() == 3 else codes[None]
         assert batched.shape[0] == self._batch and batched.shape[2] == self._decoder.config.num_quantizers
         if not batched.shape[1]:
-            return self._decoder.pre_conv.conv.weight.new_zeros((*codes.shape[:-2], 0))
+            return self._like.new_zeros((*codes.shape[:-2], 0))
         latents = self._decoder.quantizer.decode(batched.transpose(1, 2))
         samples = self._decoder._samples(latents, self._memory)
         self._memory.position += batched.shape[1]

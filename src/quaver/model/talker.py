@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from quaver.config import TalkerConfig
 from quaver.model.layers import Decoder, KVCache
 from quaver.model.predictor import Predictor
+from quaver.model.sparing import Linear
 
 
 class TalkerModel(Decoder):
@@ -28,8 +29,8 @@ class TextProjection(nn.Module):
 
     def __init__(self, text_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(text_size, text_size)
-        self.linear_fc2 = nn.Linear(text_size, hidden_size)
+        self.linear_fc1 = Linear(text_size, text_size)
+        self.linear_fc2 = Linear(text_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear_fc2(F.silu(self.linear_fc1(x)))
@@ -50,9 +51,9 @@ class Talker(nn.Module):
     def embed_text(self, ids: Tensor) -> Tensor:
         """Talker inputs [..., D] of the text ``ids`` [...]."""
         table = self.model.text_embedding
-        # Where memory is short the table stays on the host; in INT8 it has buffers alone.
+        # The table stays on the host, however it is stored: a prompt reads a few of its rows. In INT8 it has buffers.
         home = next(iter((*table.parameters(), *table.buffers()))).device
-        rows = table(ids.to(home)).to(ids.device)
+        rows = table(ids.to(home)).to(ids.device, self.codec_head.weight.dtype)
         out: Tensor = self.text_projection(rows)
         return out
 
@@ -64,6 +65,11 @@ class Talker(nn.Module):
     def embed_frames(self, codes: Tensor) -> Tensor:
         """Talker inputs [..., D] of whole frames ``codes`` [..., Q]: the sum over the codebooks."""
         return self.embed_codec(codes[..., 0]) + self.code_predictor.embed(codes[..., 1:])
+
+    def code_tables(self) -> list[nn.Embedding]:
+        """The embeddings of codes, codebook 0 first; of those in INT8 none."""
+        tables = (self.model.codec_embedding, *self.code_predictor.model.codec_embedding)
+        return [table for table in tables if isinstance(table, nn.Embedding)]
 
     def hidden(self, embeds: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of the inputs ``embeds`` [B, T, D] (see Decoder.forward)."""

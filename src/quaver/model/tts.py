@@ -5,7 +5,7 @@ Shapes: B batch, T frames, P prompt positions, S text positions, Q codebooks, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from quaver import audio as audio_files
 from quaver.audio import Audio
-from quaver.checkpoint import Checkpoint, Spec
+from quaver.checkpoint import Checkpoint
 from quaver.config import SUPPRESSED_IDS, ModelConfig, read_json
 from quaver.errors import CheckpointError, RecipeError, VoiceError
 from quaver.int4 import Int4Linear
 from quaver.int8 import Int8Embedding, Int8Linear
 from quaver.model import speaker as speaker_encoder
+from quaver.model.codec import CodecDecoder
 from quaver.model.codec_encoder import Codec
-from quaver.model.filling import PACKED_SUFFIXES, Place, fill
+from quaver.model.encoders import load_codec_encoder, load_speaker_encoder
+from quaver.model.filling import fill
+from quaver.model.homes import ENCODER, HELD, LAYERS, TEXT_EMBEDDING, Placement, default_dtype, homes, layers_bytes
+from quaver.model.sparing import lent
 from quaver.model.speaker import SpeakerEncoder
 from quaver.model.talker import Talker
 from quaver.model.visiting import Visiting
@@ -33,12 +37,6 @@ from quaver.voice import Voice
 
 Layout = Literal["stream", "whole"]
 """How text meets speech: one text token a frame, or the whole text before the first frame."""
-
-_SPEAKER = "speaker_encoder."
-_FLOAT32_ON_CPU_BYTES = 1_000_000_000
-TEXT_EMBEDDING = "talker.model.text_embedding"
-LAYERS = "talker.model.layers"
-"""Before the names of the talker's layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +136,21 @@ def _as_stored(name: str, module: nn.Module, config: ModelConfig) -> nn.Module:
 
 
 class TTS:
-    """A Qwen3-TTS model, ready to be asked: ``force`` for known speech, and the engine's ``frames`` for new speech."""
+    """A Qwen3-TTS model, ready to be asked: ``force`` for known speech, and the engine's ``frames`` for new speech.
 
-    def __init__(self, checkpoint: Checkpoint, model: Model, codec: Codec, tokenizer: Tokenizer) -> None:
+    ``decoder`` makes sound of codes. The encoders of voices and recordings are read when they are asked for.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: Model, decoder: CodecDecoder, tokenizer: Tokenizer,
+        placement: Placement = HELD,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.model = model
         self.talker = model.talker
-        self.codec = codec
+        self.decoder = decoder
+        self.placement = placement
         self.tokenizer = tokenizer
         self.defaults = _defaults(checkpoint.path / "generation_config.json")
         self.device = model.talker.codec_head.weight.device
@@ -160,27 +165,40 @@ class TTS:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         room_bytes: int | None = None,
+        placement: Placement = HELD,
+        sound_dtype: torch.dtype | None = None,
     ) -> TTS:
         """The model in a folder, of a hub id, of a name that ships with quaver, or of an opened checkpoint.
 
         ``dtype`` is what its floats become; by default as stored, but float32 on a CPU where that stays under 1 GB.
+        The text embedding stays on the host, mapped, and speaker encoder and codec encoder in their files. On a GPU
+        ``placement`` says what else it does not hold, and the large weights of the codec's decoder are kept in
+        ``sound_dtype``, by default float16 (float32 on a CPU); sound is computed in float32.
         Where the talker's layers take more than ``room_bytes``, they stay in their files and visit the device one after
-        the other at each step, and the text embedding and the codec stay on the host: for codes, not for sound, in
-        little memory. The values are the same.
+        the other at each step, and the codec's decoder stays on the host: for codes, not for sound, in little memory.
+        The values are the same.
         Weights stream: one tensor at a time, each checked once. Raises CheckpointError for a missing, left-over,
         mis-shaped or non-finite tensor, by name.
         """
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, codec=codec)
         device = require_device(device)
-        dtype = dtype or _default_dtype(checkpoint.specs, device)
+        dtype = dtype or default_dtype(checkpoint.specs, device)
         with torch.device("meta"):
             model, sound = Model(checkpoint.config), Codec(checkpoint.codec_config)
         where = str(checkpoint.path)
-        visits = room_bytes is not None and _layers_bytes(checkpoint.specs, dtype) > room_bytes
-        place = _sparing(device) if visits else lambda _: device
-        fill(model, checkpoint.tensors(), where, place, dtype)
-        # Half-precision codecs overflow in places: sound is made in float32 until that is measured.
-        fill(sound, checkpoint.codec_tensors(), str(checkpoint.codec_path), place, torch.float32)
+        visits = room_bytes is not None and layers_bytes(checkpoint.specs, dtype) > room_bytes
+        fill(model, checkpoint.tensors(), where, homes(device, placement, visits=visits), dtype)
+        host = torch.device("cpu")
+        fill(
+            sound, checkpoint.codec_tensors(), str(checkpoint.codec_path),
+            lambda name: None if name.startswith(ENCODER) else host, None,
+        )  # fmt: skip
+        model.speaker_encoder = None
+        if not visits:
+            sound_dtype = sound_dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+            sound.decoder.settle(device, sound_dtype, on_host=placement.sound_on_host)
+        else:
+            sound.decoder.settle(host, torch.float32)
         if visits:
             decoder, type_ = model.talker.model, model.talker.codec_head.weight.dtype
             decoder.layers = Visiting(checkpoint.config.talker_config, checkpoint.specs, LAYERS, device, type_)
@@ -190,7 +208,13 @@ class TTS:
             elif isinstance(module, Int8Embedding):
                 module.dtype = model.talker.codec_head.weight.dtype
         _check_kept(model.talker.model.text_embedding, checkpoint)
-        return cls(checkpoint, model.eval(), sound.eval(), Tokenizer.load(checkpoint.path))
+        if placement.tables_on_host and device.type == "cuda":
+            for table in model.talker.code_tables():
+                table.weight = nn.Parameter(lent(table.weight, device), requires_grad=False)
+            project = model.talker.text_projection
+            for linear in (project.linear_fc1, project.linear_fc2):
+                linear.weight = nn.Parameter(linear.weight.pin_memory(), requires_grad=False)
+        return cls(checkpoint, model.eval(), sound.decoder.eval(), Tokenizer.load(checkpoint.path), placement)
 
     @torch.inference_mode()
     def enroll(self, audio: Audio, *, text: str | None = None, name: str = "voice") -> Voice:
@@ -199,19 +223,19 @@ class TTS:
         Any rate is resampled to 24 kHz. Raises AudioError for audio without speech, VoiceError when the model takes
         preset or designed voices only.
         """
-        encoder = self.model.speaker_encoder
-        if encoder is None:
+        if not self.config.has_speaker_encoder:
             raise VoiceError(
                 f"{self.checkpoint.path.name} is a {self.config.tts_model_type} model: it cannot clone, Base models can"
             )
         audio_files.require_speech(audio, name)
+        encoder = load_speaker_encoder(self.checkpoint)
+        assert encoder is not None
         vector = encoder.vector(audio)
         if text is None:
             return Voice(name=name, speaker=vector)
         check_text(text)
-        sound = next(self.codec.encoder.parameters())
         samples = torch.from_numpy(audio_files.resample(audio, speaker_encoder.SAMPLE_RATE_HZ).samples)[None]
-        codes = self.codec.encoder.encode(samples.to(sound.device, sound.dtype))[0].T.cpu()
+        codes = load_codec_encoder(self.checkpoint).encode(samples)[0].T
         return Voice(name=name, speaker=vector, codes=codes, text=text)
 
     def voice(self, source: str | Path, *, text: str | None = None) -> Voice:
@@ -374,22 +398,6 @@ class TTS:
         return None if language == "auto" else config.codec_language_id[language]
 
 
-def load_speaker_encoder(checkpoint: Checkpoint) -> SpeakerEncoder | None:
-    """The speaker encoder of ``checkpoint`` alone, in float32 on the CPU; None where the model has none.
-
-    Raises CheckpointError for a missing, left-over, mis-shaped or non-finite tensor, by name.
-    """
-    config = checkpoint.config.speaker_encoder_config
-    if not checkpoint.config.has_speaker_encoder or config is None:
-        return None
-    with torch.device("meta"):
-        encoder = SpeakerEncoder(config)
-    stored = checkpoint.tensors(_SPEAKER)
-    tensors = ((name.removeprefix(_SPEAKER), tensor) for name, tensor in stored)
-    fill(encoder, tensors, str(checkpoint.path), lambda _: torch.device("cpu"), torch.float32)
-    return encoder.eval()
-
-
 def require_device(device: str | torch.device) -> torch.device:
     """``device`` as PyTorch's. Raises RecipeError for one that is not here."""
     device = torch.device(device)
@@ -408,50 +416,6 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor name and shape that a checkpoint of ``config`` must have, the codec's aside."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in Model(config).state_dict().items()}
-
-
-def memory_bytes(
-    specs: Mapping[str, Spec], codec_specs: Mapping[str, Spec], device: str | torch.device
-) -> dict[str, int]:
-    """What each stored tensor takes in memory once loaded on ``device`` with the default type, by name."""
-    device = torch.device(device)
-    sizes: dict[str, int] = {}
-    for stored, dtype in ((specs, _default_dtype(specs, device)), (codec_specs, torch.float32)):
-        for name, spec in stored.items():
-            if device.type == "cpu" and name.endswith((".qzeros", ".scales")):
-                # The CPU's layout folds the zero points into a second row of scales.
-                sizes[name] = 0 if name.endswith(".qzeros") else 2 * spec.n_bytes
-            elif dtype is None or not spec.dtype.is_floating_point or name.endswith(PACKED_SUFFIXES):
-                sizes[name] = spec.n_bytes
-            else:
-                sizes[name] = spec.n_elements * dtype.itemsize
-    return sizes
-
-
-def _default_dtype(specs: Mapping[str, Spec], device: torch.device) -> torch.dtype | None:
-    """Float32 for a small unquantized model on a CPU; else as stored, in which PyTorch's operators are fast."""
-    if device.type != "cpu" or any(name.endswith(PACKED_SUFFIXES) for name in specs):
-        return None
-    n_values = sum(spec.n_elements for spec in specs.values())
-    return torch.float32 if 4 * n_values < _FLOAT32_ON_CPU_BYTES else None
-
-
-def _layers_bytes(specs: Mapping[str, Spec], dtype: torch.dtype | None) -> int:
-    """What the talker's layers take in memory as ``dtype``, or as stored."""
-    layers = (spec for name, spec in specs.items() if name.startswith(f"{LAYERS}."))
-    return sum(spec.n_elements * dtype.itemsize if dtype else spec.n_bytes for spec in layers)
-
-
-def _sparing(device: torch.device) -> Place:
-    """Where each tensor goes when memory is short: to ``device`` what every step of the talker calls for."""
-    rare = ("talker.model.text_embedding.", "encoder.", "decoder.")
-
-    def place(name: str) -> torch.device | None:
-        if name.startswith(f"{LAYERS}."):
-            return None
-        return torch.device("cpu") if name.startswith(rare) else device
-
-    return place
 
 
 def _check_kept(table: nn.Module, checkpoint: Checkpoint) -> None:
