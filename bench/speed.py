@@ -3,8 +3,9 @@
     python bench/speed.py CONFIG.json CODEC_CONFIG.json [--batches 1 4 16 64] [--frames 100] [--out speed.json]
 
 Random weights of the configured shapes (INT4: random integers), so nothing here says how it sounds. Rows: plain
-PyTorch; graphs with BF16 and with INT4 talkers, with and without ``overlap``. Every row stands alone: one that fails is
-reported with its error, and the others are still measured. Where there is no CUDA device only plain PyTorch is timed.
+PyTorch, one kernel, and graphs with and without ``overlap``, each with a BF16 and an INT4 talker. Every row stands
+alone: one that fails is reported with its error, and the others are still measured. Where there is no CUDA device only
+plain PyTorch is timed.
 """
 
 from __future__ import annotations
@@ -141,13 +142,15 @@ def timed_frames(engine: Engine, batch: int, n_frames: int) -> Row:
     }
 
 
-def replayed(weights: Weights, batch: int, n_frames: int, overlap: bool) -> Row:
+def replayed(weights: Weights, batch: int, n_frames: int, way: str) -> Row:
     """The milliseconds of a frame on the device alone: a run of replays between two events, for both samplings."""
     from quaver.frame import FrameGraph
 
     found: Row = {}
     start_s = time.perf_counter()
-    frame = FrameGraph(weights, batch, 512, 64, overlap=overlap)
+    frame = FrameGraph(weights, batch, 512, 64, overlap=way == "graph overlap", whole=way == "whole")
+    if way == "whole" and frame.kernel() is None:
+        return {"not here": "the one kernel does not fit this GPU or this batch"}
     found["build_s"] = time.perf_counter() - start_s
     n_frames = min(n_frames, 400)
     for name, knobs in (("greedy", GREEDY), ("sampled", SAMPLED)):
@@ -195,6 +198,46 @@ def kernel_times(weights: Weights, batch: int) -> list[Row]:
     busy = sum(float(row["us"]) for row in rows)
     return [{"kernel": "frame, first to last", "n": len(events), "us": span}, *rows[:30], {
         "kernel": "all kernels", "n": len(events), "us": busy}]  # fmt: skip
+
+
+def time_line(weights: Weights) -> list[Row]:
+    """Where one block's cycles of a frame go in the one kernel: stage by stage, of the predictor and of the talker."""
+    from quaver.frame import FrameGraph
+
+    config = weights.tts.config.talker_config
+    frame = FrameGraph(weights, 1, 512, 64)
+    kernel = frame.kernel(traced=1)
+    if kernel is None:
+        return [{"not here": "the one kernel does not fit this GPU"}]
+    frame.join(0, prompts(weights.tts, 1)[0], 0, SAMPLED.sampling, SAMPLED.residual)
+    for _ in range(20):
+        kernel()
+    torch.cuda.synchronize()
+    moments = kernel.trace.tolist()
+    n_layers = config.code_predictor_config.num_hidden_layers
+    stages = ("norm", "qkv", "attention", "o", "norm", "gate_up", "inner", "down")
+    names = [
+        "start",
+        *(["rows", "head", "projection"] if weights.projection is not None else ["rows", "head"]),
+        "sample",
+    ]
+    for _ in range(config.num_code_groups - 1):
+        names += [f"predictor {stage}" for _ in range(n_layers) for stage in stages]
+        names += ["predictor norm", "predictor head", "predictor sample"]
+    for _ in range(config.num_hidden_layers):
+        names += [f"talker {stage}" for stage in (*stages[:3], "join", *stages[3:])]
+    found: dict[str, Row] = {}
+    for name, (before, *_, waited), (after, _, then, _) in zip(
+        names[1:], ((m[0], m[1], m[3], m[2]) for m in moments), moments[1:], strict=False
+    ):
+        row = found.setdefault(name, {"stage": name, "n": 0, "cycles": 0, "waited for weights": 0})
+        row["n"] += 1
+        row["cycles"] += after - before
+        row["waited for weights"] += then - waited
+    n_moments = len(names)
+    cycles, ns = moments[n_moments - 1][0] - moments[0][0], moments[n_moments - 1][3] - moments[0][3]
+    whole = {"stage": "frame", "n": 1, "cycles": cycles, "us": ns / 1e3, "ghz": cycles / max(ns, 1)}
+    return [whole, *found.values()]
 
 
 def product_times(weights: Weights) -> list[Row]:
@@ -320,12 +363,16 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
             held.append(Weights(tts))
         return held[0]
 
-    def graph_times(batch: int, overlap: bool) -> Row:
-        return replayed(weights(), batch, n_frames, overlap)
+    def graph_times(batch: int, way: str) -> Row:
+        return replayed(weights(), batch, n_frames, way)
 
     # Each of these compiles kernels of its own, for a minute in all.
-    for batch, overlap in ((batches[0], False), (batches[0], True), *((batch, False) for batch in batches[1:])):
-        yield f"{kind} graph{' overlap' if overlap else ''} b{batch}", partial(graph_times, batch, overlap)
+    yield f"{kind} whole b{batches[0]}", partial(graph_times, batches[0], "whole")
+    yield f"{kind} time line", lambda: time_line(weights())
+    for way in ("graph", "graph overlap"):
+        yield f"{kind} {way} b{batches[0]}", partial(graph_times, batches[0], way)
+    for batch in batches[1:]:
+        yield f"{kind} graph b{batch}", partial(graph_times, batch, "graph")
     yield f"{kind} roofline", lambda: {"frame_mb": weights().frame_bytes / 1e6}
     yield f"{kind} products", lambda: product_times(weights())
     yield f"{kind} kernels b1", lambda: kernel_times(weights(), 1)

@@ -128,15 +128,15 @@ class Stack:
 
 
 class FrameGraph:
-    """B slots that speak a frame a step; on a GPU the step is one kernel or one captured graph.
+    """B slots that speak a frame a step; on a GPU the step is one captured graph.
 
     ``capacity``: positions of a slot's cache, prompt and frames together; ``n_lines``: rows of text it can hold.
-    The kernel (frame.cu) is taken where it fits, see ``kernels.persistent``; ``whole`` false: the graph in any case.
-    ``overlap`` lets each of its kernels ask for its weights while the one before it ends (compute capability 9.0).
+    ``overlap`` lets each kernel ask for its weights while the one before it ends (needs compute capability 9.0).
+    ``whole`` takes one kernel instead of the graph (``kernels.persistent``) where the model and the GPU fit it.
     """
 
     def __init__(
-        self, weights: Weights, n_slots: int, capacity: int, n_lines: int, *, overlap: bool = False, whole: bool = True
+        self, weights: Weights, n_slots: int, capacity: int, n_lines: int, *, overlap: bool = False, whole: bool = False
     ) -> None:
         self.weights, self.capacity, self.n_slots, self.n_lines = weights, capacity, n_slots, n_lines
         self._overlap = overlap

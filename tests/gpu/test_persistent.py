@@ -1,4 +1,4 @@
-"""frame.cu on a GPU at the true widths, or as C++ on a CPU (cuda.h) at toy widths: what it says against plain PyTorch."""
+"""frame.cu on a GPU at the true widths, or as C++ on a CPU (cuda.h) at toy widths, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def stepping(graph, compiler, folder):
 def prompts_of(tts):
     width = tts.config.talker_config.hidden_size
     voice = Voice(name="x", speaker=torch.randn(width, generator=torch.Generator().manual_seed(5)))
-    return [tts.prompt(Utterance(text, "english", voice)) for text in ("Hello there, you.", "One.", "Two, three.", "Four")]
+    return [
+        tts.prompt(Utterance(text, "english", voice)) for text in ("Hello there, you.", "One.", "Two, three.", "Four")
+    ]
 
 
 def misses(logits, codes, seed, knobs, banned=None):
@@ -133,7 +135,7 @@ def misses(logits, codes, seed, knobs, banned=None):
 
 @pytest.mark.parametrize("n_slots", [1, 2, 4] if ON_GPU else [2])
 def test_the_kernel_says_what_plain_pytorch_would(speaker, n_slots, compiler, tmp_path, monkeypatch):
-    """Every code is where its uniform number falls, given what was said before; so are the stop and the hidden state."""
+    """Every code is where its uniform number falls, given what was said; so are stop and hidden state."""
     monkeypatch.setattr(persistent, "MOST_SLOTS", 4)
     prompts, n_frames = prompts_of(speaker)[:n_slots], 16 if ON_GPU else 3
     graph = FrameGraph(Weights(speaker), n_slots, 256, 64, whole=False)
@@ -161,9 +163,11 @@ def test_the_kernel_says_what_plain_pytorch_would(speaker, n_slots, compiler, tm
 
             far = [misses(logits.talker[:length].float(), given[:, 0], uniform[:, slot, 0], knobs, cannot)]
             for book in range(1, n_books):
-                far.append(misses(logits.residual[:, book - 1].float(), given[:, book], uniform[:, slot, book], residual))
+                far.append(
+                    misses(logits.residual[:, book - 1].float(), given[:, book], uniform[:, slot, book], residual)
+                )
             assert torch.stack(far).max() < 0.2 and torch.stack(far).mean() < 0.05, (knobs, slot, torch.stack(far))
-            stops = logits.talker.float().softmax(-1)[: length, stop_id].cpu()
+            stops = logits.talker.float().softmax(-1)[:length, stop_id].cpu()
             assert torch.allclose(graph.slots.stops[:length, slot].cpu(), stops, rtol=0.1, atol=1e-6)
             if alive[slot]:
                 state = logits.hidden[-1].float()

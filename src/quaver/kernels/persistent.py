@@ -1,8 +1,8 @@
 """A frame as one kernel that stays on the GPU (frame.cu): compiled for the model's shapes when it is first asked for.
 
-It reads the same weights and keeps the same state as the kernels in Triton, so that the two can take turns from frame to
+It reads the same weights and keeps the same state as the kernels in Triton, so the two can take turns from frame to
 frame. NVRTC, which comes with PyTorch, compiles; the result is kept on disk. It needs compute capability 9.0 (bulk
-copies with barriers in shared memory), bfloat16, a slot, and shapes that keep every multiprocessor busy.
+copies with barriers in shared memory), bfloat16, one slot, and shapes that keep every multiprocessor busy.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _MOST_SPLITS = 16
 _SHARED_BYTES = 232_448
 _THREADS = 544
 _POINTERS = (
-    "gains", "small_gains", "projection_bias", "keys", "values", "small_keys", "small_values", "cos", "sin", "small_cos",
-    "small_sin", "seed", "frame", "past", "prompt", "n_text", "alive", "seen", "first", "residual", "texts", "codes",
+    "gains", "small_gains", "projection_bias", "keys", "values", "small_keys", "small_values", "cos", "sin",
+    "small_cos", "small_sin", "seed", "frame", "past", "prompt", "n_text", "alive", "seen", "first", "residual", "texts", "codes",
     "stops", "hidden", "boxes", "parts", "part_weights", "exchange", "trace",
 )  # fmt: skip
 _FLOATS, _INTS = ("eps", "small_eps"), ("stop_id", "n_banned", "capacity", "n_lines")
@@ -59,7 +59,7 @@ class Persistent:
     def of(
         cls, weights: Weights, slots: Slots, talker: Stack, predictor: Stack, hidden: Tensor, traced: int = 0
     ) -> Persistent | None:
-        """The kernel that speaks a frame of ``slots``; None where the GPU, the model's shapes or its storage do not fit.
+        """The kernel that speaks a frame of ``slots``; None where the GPU, the model's shapes or storage do not fit.
 
         ``traced``: the block, from 1 on, that leaves its moments in ``trace``.
         """
