@@ -60,7 +60,7 @@ def test_a_graph_takes_what_is_told(steady):
         cache = sum(tensor.nbytes for tensor in (talker.keys, talker.values, talker.cos, talker.sin))
         assert lines["cache of 128 positions"] == cache
         slots = sum(getattr(graph.slots, field.name).nbytes for field in fields(graph.slots))
-        rooms = (graph._hidden, graph._embedded, graph._pair, graph._single, graph._first_logits, graph._logits)
+        rooms = (graph.hidden, graph._embedded, graph._pair, graph._single, graph._first_logits, graph._logits)
         between = sum(t.nbytes for s in (talker, graph._predictor) for t in (s.qkv, s.attended, s.inner))
         splits = sum(getattr(one, f.name).nbytes for one in talker.splits.values() for f in fields(one))
         taken = slots + sum(room.nbytes for room in rooms) + between + splits

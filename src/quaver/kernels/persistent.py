@@ -40,8 +40,8 @@ _SHARED_BYTES = 232_448
 _THREADS = 544
 _POINTERS = (
     "gains", "small_gains", "projection_bias", "keys", "values", "small_keys", "small_values", "cos", "sin",
-    "small_cos", "small_sin", "seed", "frame", "past", "prompt", "n_text", "alive", "seen", "first", "residual", "texts", "codes",
-    "stops", "hidden", "boxes", "parts", "part_weights", "exchange", "trace",
+    "small_cos", "small_sin", "seed", "frame", "past", "prompt", "n_text", "alive", "seen", "first", "residual",
+    "texts", "codes", "stops", "hidden", "boxes", "parts", "part_weights", "exchange", "trace",
 )  # fmt: skip
 _FLOATS, _INTS = ("eps", "small_eps"), ("stop_id", "n_banned", "capacity", "n_lines")
 
