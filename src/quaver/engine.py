@@ -328,6 +328,8 @@ class Engine:
         self._idle = [] if scarce else [graph for graph in self._idle if graph.n_slots != len(prompts)]
         if self._weights is None:
             self._weights = Weights(self.tts)
+            # What fusing let go of has other sizes than what speaking asks for.
+            torch.cuda.empty_cache()
         sizes = (max(n_positions, self._n_positions), n_lines)
         n_positions, n_lines = (_in_steps(n) if scarce else _power_of_two(n) for n in sizes)
         return FrameGraph(self._weights, len(prompts), n_positions, n_lines)
