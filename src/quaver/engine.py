@@ -32,6 +32,7 @@ from quaver.text import split_sentences
 
 if TYPE_CHECKING:
     from quaver.frame import FrameGraph, Weights
+    from quaver.model.codec import CodecStream
 
 GUARD = Guard()
 """What is done by default about speech that never ends: it is cut."""
@@ -201,12 +202,17 @@ class Graphed:
 class Engine:
     """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
 
-    ``graphs`` False keeps to plain PyTorch there too. ``memory_bytes`` is what all of it may take of the device: what
-    would take more is refused, with the figures, before anything is said.
+    ``graphs`` False keeps to plain PyTorch there too. ``untried`` takes ways that ought to be faster and that no GPU
+    has run yet: a frame as one kernel, recorded prompts, recorded sound. ``memory_bytes`` is what all of it may take of the
+    device: what would take more is refused, with the figures, before anything is said.
     """
 
-    def __init__(self, tts: TTS, *, graphs: bool = True, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self, tts: TTS, *, graphs: bool = True, memory_bytes: int | None = None, untried: bool = False
+    ) -> None:
         self.tts = tts
+        self._untried = untried
+        self._sound: CodecStream | None = None
         # Kernels know plain weights and INT4.
         in_int8 = any(
             isinstance(module, Int8Linear | Int8Embedding)
@@ -327,12 +333,12 @@ class Engine:
                 return self._idle.pop(index)
         self._idle = [] if scarce else [graph for graph in self._idle if graph.n_slots != len(prompts)]
         if self._weights is None:
-            self._weights = Weights(self.tts)
+            self._weights = Weights(self.tts, recorded=self._untried)
             # What fusing let go of has other sizes than what speaking asks for.
             torch.cuda.empty_cache()
         sizes = (max(n_positions, self._n_positions), n_lines)
         n_positions, n_lines = (_in_steps(n) if scarce else _power_of_two(n) for n in sizes)
-        return FrameGraph(self._weights, len(prompts), n_positions, n_lines)
+        return FrameGraph(self._weights, len(prompts), n_positions, n_lines, whole=self._untried)
 
     def codes(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> list[Tensor]:
         """Whole utterances: for each prompt its frames [T, Q]."""
@@ -396,12 +402,20 @@ class Engine:
             if index + 1 < len(takes):
                 yield Chunk(Audio(gap, rate_hz), 0)
 
+    def _stream(self) -> CodecStream:
+        if not self._untried:
+            return self.tts.decoder.stream()
+        # What was recorded belongs to its stream.
+        self._sound = self._sound or self.tts.decoder.stream(recorded=True)
+        self._sound.reset()
+        return self._sound
+
     def _sentence(self, take: Take, frames: Iterable[Tensor], chunk_frames: int) -> Iterator[Chunk]:
         """One sentence's chunks. Its last 5 ms are held back until it is known whether they end it."""
         rate_hz = self.tts.checkpoint.codec_config.output_sample_rate
         n_fade = round(_FADE_S * rate_hz)
         ramp = np.linspace(0, 1, n_fade, dtype=np.float32)
-        stream = self.tts.decoder.stream()
+        stream = self._stream()
         voice = take.part.voice
         if voice is not None and voice.codes is not None:
             stream.push(voice.codes.to(self.tts.device))

@@ -6,10 +6,12 @@ one utterance: it has its own position, knobs, seed and end, so that utterances 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quaver.config import SUPPRESSED_IDS, DecoderConfig
 from quaver.int4 import Int4Linear
@@ -20,11 +22,14 @@ from quaver.kernels.sampler import Slots, sample_first, sample_residual
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.sparing import lent
 from quaver.model.tts import TTS, Prompt
+from quaver.recorded import Recorded
 from quaver.sampling import ENDED, MIN_FRAMES, Sampling
 
 _PROGRAMS = 128
 """About how many programs read a cache at once: as many as a large GPU has processors."""
 _MOST_SPLITS = 16
+_FILLED = 16
+"""Recorded prompts are filled up to a multiple of so many positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,9 @@ class Weights:
     a product and a launch off every code (and, for a talker of width 2,048, 65 MB). Those on the host are lent.
     """
 
-    def __init__(self, tts: TTS) -> None:
+    def __init__(self, tts: TTS, *, recorded: bool = False) -> None:
         talker, predictor = tts.talker, tts.talker.code_predictor
+        self._prefills: dict[int, Recorded] | None = {} if recorded and tts.device.type == "cuda" else None
         # The modules outlive whatever inference mode this is called in.
         with torch.inference_mode(False), torch.no_grad():
             self.tts = tts
@@ -82,6 +88,23 @@ class Weights:
             self.projected = [project(table).contiguous() for table in self.tables[:-1]]
             if tts.placement.tables_on_host and self.projection is not None:
                 self.projected = [lent(table, table.device) for table in self.projected]
+
+    def prefill(self, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the talker makes of the prompt ``embeds`` [T, D]: last hidden state [D], keys and values [L, G, T, d].
+
+        With ``recorded``, prompts are filled up to a length that came before: nothing sees what stands behind it.
+        """
+        n, n_filled = len(embeds), len(embeds)
+        run: Callable[[Tensor], tuple[Tensor, ...]] = self._prompt
+        if self._prefills is not None:
+            n_filled = -(-n // _FILLED) * _FILLED
+            run = self._prefills.setdefault(n_filled, Recorded(self._prompt))
+        hidden, keys, values = run(F.pad(embeds, (0, 0, 0, n_filled - n)))
+        return hidden[n - 1], keys[:, :, :n], values[:, :, :n]
+
+    def _prompt(self, embeds: Tensor) -> tuple[Tensor, ...]:
+        cache = KVCache(self.tts.config.talker_config, 1, len(embeds), embeds)
+        return self.tts.talker.hidden(embeds[None], cache)[0], cache.keys[:, 0], cache.values[:, 0]
 
     @property
     def frame_bytes(self) -> int:
@@ -131,15 +154,23 @@ class FrameGraph:
     """B slots that speak a frame a step; on a GPU the step is one captured graph.
 
     ``capacity``: positions of a slot's cache, prompt and frames together; ``n_lines``: rows of text it can hold.
-    ``overlap`` lets each kernel ask for its weights while the one before it ends (needs compute capability 9.0).
+    ``overlap`` lets each kernel ask for its weights while the one before it ends; by default where it can be
+    (compute capability 9.0).
     ``whole`` takes one kernel instead of the graph (``kernels.persistent``) where the model and the GPU fit it.
     """
 
     def __init__(
-        self, weights: Weights, n_slots: int, capacity: int, n_lines: int, *, overlap: bool = False, whole: bool = False
+        self,
+        weights: Weights,
+        n_slots: int,
+        capacity: int,
+        n_lines: int,
+        *,
+        overlap: bool | None = None,
+        whole: bool = False,
     ) -> None:
         self.weights, self.capacity, self.n_slots, self.n_lines = weights, capacity, n_slots, n_lines
-        self._overlap = overlap
+        self._overlap = _can_overlap(weights.tables[0].device) if overlap is None else overlap
         tts = weights.tts
         config = tts.config.talker_config
         small = config.code_predictor_config
@@ -165,13 +196,13 @@ class FrameGraph:
     @torch.inference_mode()
     def join(self, slot: int, prompt: Prompt, seed: int, sampling: Sampling, residual: Sampling) -> None:
         """Begins an utterance in ``slot``, whatever was there; the other slots do not notice."""
-        tts, slots = self.weights.tts, self.slots
+        slots = self.slots
         n_prompt, n_text = len(prompt.embeds), min(len(prompt.tail), self.n_lines)
         assert n_prompt < self.capacity, "the prompt is longer than the slot"
-        cache = KVCache(tts.config.talker_config, 1, n_prompt, prompt.embeds)
-        self.hidden[slot] = tts.talker.hidden(prompt.embeds[None], cache)[0, -1]
-        self._talker.keys[:, slot, :, :n_prompt] = cache.keys[:, 0]
-        self._talker.values[:, slot, :, :n_prompt] = cache.values[:, 0]
+        state, keys, values = self.weights.prefill(prompt.embeds)
+        self.hidden[slot] = state
+        self._talker.keys[:, slot, :, :n_prompt] = keys
+        self._talker.values[:, slot, :, :n_prompt] = values
         slots.texts[slot, :n_text] = prompt.tail[:n_text]
         slots.codes[:, slot], slots.stops[:, slot] = ENDED, 0
         slots.seen[slot] = 0
@@ -260,6 +291,10 @@ class FrameGraph:
             )  # fmt: skip
         self._talker.run(self._embedded, slots.past, on)
         self.hidden.copy_(weights.tts.talker.model.norm(self._embedded))
+
+
+def _can_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _layers(decoder: Decoder) -> list[DecoderLayer]:

@@ -14,6 +14,7 @@ import torch
 import toy
 from quaver import int4
 from quaver.checkpoint import Checkpoint
+from quaver.engine import Engine, Knobs
 from quaver.model.tts import TTS, Utterance
 from quaver.provenance import Step
 from quaver.sampling import MIN_FRAMES, Sampling, distribution, uniforms
@@ -101,9 +102,13 @@ def stepping(graph, compiler, folder):
     return step
 
 
-def prompts_of(tts):
+def prompts_voice(tts):
     width = tts.config.talker_config.hidden_size
-    voice = Voice(name="x", speaker=torch.randn(width, generator=torch.Generator().manual_seed(5)))
+    return Voice(name="x", speaker=torch.randn(width, generator=torch.Generator().manual_seed(5)))
+
+
+def prompts_of(tts):
+    voice = prompts_voice(tts)
     return [
         tts.prompt(Utterance(text, "english", voice)) for text in ("Hello there, you.", "One.", "Two, three.", "Four")
     ]
@@ -172,3 +177,33 @@ def test_the_kernel_says_what_plain_pytorch_would(speaker, n_slots, compiler, tm
             if alive[slot]:
                 state = logits.hidden[-1].float()
                 assert (graph.hidden[slot].float() - state).norm() < 0.02 * state.norm()
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17])
+def test_a_prompt_that_is_filled_up_gives_what_it_would_alone(speaker, n):
+    weights = Weights(speaker)
+    width = speaker.config.talker_config.hidden_size
+    embeds = torch.randn(n, width, generator=torch.Generator().manual_seed(n)).to(speaker.device, torch.bfloat16)
+    with torch.inference_mode():
+        alone = weights.prefill(embeds)
+        weights._prefills = {}
+        # On a GPU the second call records, and the third replays.
+        for _ in range(3):
+            for one, other in zip(weights.prefill(embeds), alone, strict=True):
+                assert one.shape == other.shape
+                assert (one.float() - other.float()).norm() <= 0.02 * other.float().norm()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no GPU of compute capability 9.0: nothing is recorded, no kernel whole")
+def test_an_engine_that_takes_every_fast_way_sounds_as_one_that_takes_none(speaker):
+    knobs = Knobs(Sampling(0.0, penalty=1.0), Sampling(0.0, penalty=1.0), 24)
+    utterance = Utterance("Hello there, you. And you.", "english", prompts_voice(speaker))
+    quick, plain = Engine(speaker, untried=True), Engine(speaker, graphs=False)
+    for _ in range(3):
+        chunks = list(quick.speak(utterance, knobs, guard=None))
+    samples = torch.cat([torch.from_numpy(chunk.audio.samples) for chunk in chunks])
+    wanted = torch.cat([torch.from_numpy(chunk.audio.samples) for chunk in plain.speak(utterance, knobs, guard=None)])
+    assert samples.isfinite().all() and len(samples) == len(wanted)
+    # The first frames are the same codes; later ones may part at a near tie.
+    n_same = 2 * speaker.checkpoint.codec_config.output_sample_rate * 2 // 25
+    assert (samples[:n_same] - wanted[:n_same]).norm() <= 0.05 * wanted[:n_same].norm()

@@ -22,6 +22,7 @@ from quaver.config import CodecDecoderConfig
 from quaver.errors import CheckpointError
 from quaver.model.layers import RMSNorm, Rotary
 from quaver.model.sparing import Linear, apart, lent, parts
+from quaver.recorded import Recorded
 
 _LARGE = 1 << 16
 """Smaller weights stay in float32: together they take nothing."""
@@ -438,9 +439,9 @@ class CodecDecoder(nn.Module):
             wide = buffer.float()
             _put(self, name, lent(wide, device) if on_host else wide.to(device))
 
-    def stream(self, batch: int = 1) -> CodecStream:
-        """A new stream of ``batch`` utterances side by side, at frame 0."""
-        return CodecStream(self, batch)
+    def stream(self, batch: int = 1, *, recorded: bool = False) -> CodecStream:
+        """A new stream of ``batch`` utterances side by side; ``recorded``: pushes of a known length are one step."""
+        return CodecStream(self, batch, recorded)
 
     def _samples(self, latents: Tensor, memory: Memory | None) -> Tensor:
         x = self.pre_conv(latents, memory)
@@ -461,9 +462,11 @@ class CodecStream:
     Its state has a fixed size: the receptive field of every convolution and one attention window a layer.
     """
 
-    def __init__(self, decoder: CodecDecoder, batch: int) -> None:
+    def __init__(self, decoder: CodecDecoder, batch: int, recorded: bool) -> None:
         self._decoder = decoder
         self._batch = batch
+        self._recorded = recorded
+        self._pushes: dict[int, Recorded] = {}
         # Biases are always where sound is made; weights may be elsewhere.
         bias = decoder.pre_conv.conv.bias
         assert bias is not None
@@ -480,10 +483,15 @@ class CodecStream:
         assert batched.shape[0] == self._batch and batched.shape[2] == self._decoder.config.num_quantizers
         if not batched.shape[1]:
             return self._like.new_zeros((*codes.shape[:-2], 0))
-        latents = self._decoder.quantizer.decode(batched.transpose(1, 2))
-        samples = self._decoder._samples(latents, self._memory)
-        self._memory.position += batched.shape[1]
+        push = self._pushes.setdefault(batched.shape[1], Recorded(self._next)) if self._recorded else self._next
+        (samples,) = push(batched)
         return samples if codes.dim() == 3 else samples[0]
+
+    def _next(self, codes: Tensor) -> tuple[Tensor]:
+        latents = self._decoder.quantizer.decode(codes.transpose(1, 2))
+        samples = self._decoder._samples(latents, self._memory)
+        self._memory.position += codes.shape[1]
+        return (samples,)
 
     def reset(self) -> None:
         """Back to frame 0 for another utterance; the memory stays allocated."""
