@@ -1,11 +1,13 @@
 """What a frame costs: milliseconds, times real time, first audio and memory, beside what the bytes alone would take.
 
     python bench/speed.py CONFIG.json CODEC_CONFIG.json [--batches 1 4 16 64] [--frames 100] [--out speed.json]
+                          [--official PYTHON] [--faster PYTHON]
 
 Random weights of the configured shapes (INT4: random integers), so nothing here says how it sounds. Rows: plain
 PyTorch, one kernel, and graphs with and without ``overlap``, each with a BF16 and an INT4 talker. Every row stands
 alone: one that fails is reported with its error, and the others are still measured. Where there is no CUDA device only
-plain PyTorch is timed.
+plain PyTorch is timed. ``--official`` and ``--faster`` are commands that start a Python with qwen-tts or with
+faster-qwen3-tts: the same shape spoken by them, in BF16, on the same machine in the same run.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import tempfile
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 
 from quaver.config import FRAME_RATE_HZ, ModelConfig, parse
 from quaver.engine import Engine, Knobs
+from quaver.errors import QuaverError
 from quaver.int4 import GROUP, Int4Linear
 from quaver.model.layers import GROUPS
 from quaver.model.tts import TTS, Model, Prompt, Utterance
@@ -392,7 +396,24 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
     yield f"{kind} first audio untried", lambda: first_audio(untried)
 
 
-def measure(config: Path, codec_config: Path, batches: list[int], n_frames: int, out: Path) -> Row:
+def other(command: str, which: str, settings: Mapping[str, Any], codec: Mapping[str, Any], n_frames: int) -> Row:
+    """The figures of another engine, in a process of its own, on random weights in files (see others.py)."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_checkpoint(Path(folder) / "model", settings, codec)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        told = [str(Path(__file__).with_name("others.py")), str(model), which, "--device", device, "--frames"]
+        done = subprocess.run(
+            [*shlex.split(command), *told, str(n_frames)], capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise QuaverError(f"{which} ended with {done.returncode}: {done.stderr[-2000:]}")
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def measure(
+    config: Path, codec_config: Path, batches: list[int], n_frames: int, out: Path, others: Mapping[str, str]
+) -> Row:
     """Everything, written to ``out`` after each section: what was measured is kept if the machine goes."""
     settings, codec = json.loads(config.read_text()), json.loads(codec_config.read_text())
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -409,6 +430,8 @@ def measure(config: Path, codec_config: Path, batches: list[int], n_frames: int,
 
     if device == "cuda":
         note("copy_tb_s", copy_tb_s)
+    for which, command in others.items():
+        note(f"{which} b1", partial(other, command, which, settings, codec, n_frames))
     with tempfile.TemporaryDirectory() as folder:
         made = random_checkpoint(Path(folder) / "shell", shell_settings(settings), codec)
         # As on a GPU; on a CPU a small model would become float32.
@@ -465,8 +488,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--frames", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("speed.json"))
+    for which in ("official", "faster"):
+        parser.add_argument(f"--{which}", metavar="PYTHON", help="a command: python, or env NAME=VALUE python")
     asked = parser.parse_args()
-    print(table(measure(asked.config, asked.codec_config, asked.batches, asked.frames, asked.out)))
+    others = {which: getattr(asked, which) for which in ("official", "faster") if getattr(asked, which)}
+    print(table(measure(asked.config, asked.codec_config, asked.batches, asked.frames, asked.out, others)))
 
 
 if __name__ == "__main__":
