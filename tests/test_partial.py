@@ -72,6 +72,12 @@ def test_stages_add_up():
             pass
     found.add("two", 3.0)
     assert list(found.seconds) == ["one", "two"] and 0 < found.seconds["one"] < 1 and found.seconds["two"] == 3
+    parts = meter.Clock(torch.device("cpu"))
+    parts.add("one", 0.5)
+    parts.add("three", 1.0)
+    found.within("two", parts)
+    assert found.seconds["two"] == 1.5 and found.seconds["three"] == 1
+    assert meter.split({"one": 1.234, "none": 0.01, "two": 0.05}) == "one 1.2, two 0.1"
     assert found.device_bytes is None
     before = meter.host_bytes()
     block = torch.ones(50_000_000)

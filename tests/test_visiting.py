@@ -1,9 +1,10 @@
-"""Layers that visit compute what layers that stay compute, leave no thread behind, and name their faults."""
+"""Layers that visit compute what layers that stay compute, leave no thread behind them, and name their faults."""
 
 from __future__ import annotations
 
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -56,15 +57,30 @@ def test_shards_and_layers_of_differing_types_visit_too(deep, tmp_path):
     assert torch.equal(stays.force([prompt], [codes])[0].hidden, visits.force([prompt], [codes])[0].hidden)
 
 
-def test_a_pass_leaves_no_thread_behind_even_when_it_fails(deep):
-    visits = TTS.load(deep, room_bytes=0)
+def test_threads_end_with_the_model(deep):
     before = threading.active_count()
-    for layers in (visits.talker.model.layers, visits.talker.model.layers):
+    visits = TTS.load(deep, room_bytes=0)
+    next(iter(visits.talker.model.layers))
+    assert threading.active_count() > before
+    del visits
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_a_pass_begins_with_the_first_layer_whatever_became_of_the_last(deep):
+    stays, visits = (TTS.load(deep, dtype=torch.bfloat16, room_bytes=room) for room in (None, 0))
+    layers = visits.talker.model.layers
+    for n_run in (5, 1, 5, 3, 4, 5, 5):
         passing = iter(layers)
-        next(passing)
+        for _, own, visitor in zip(range(n_run), stays.talker.model.layers, passing, strict=False):
+            for name, parameter in own.named_parameters():
+                assert torch.equal(parameter, visitor.get_parameter(name))
         passing.close()
-        assert threading.active_count() == before
-    assert len(list(visits.talker.model.layers)) == len(visits.talker.model.layers) == 5
+    assert len(list(layers)) == len(layers) == 5
+    assert layers.take_waited_s() > 0
+    assert layers.take_waited_s() == 0
 
 
 def test_nothing_of_a_visiting_layer_counts_as_a_weight_of_the_model(deep):

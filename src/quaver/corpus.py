@@ -25,6 +25,7 @@ from quaver.config import FRAME_RATE_HZ
 from quaver.engine import Engine
 from quaver.errors import RecipeError, VoiceError
 from quaver.files import sha256
+from quaver.meter import Clock
 from quaver.model.codec_encoder import CodecEncoder
 from quaver.model.encoders import load_codec_encoder
 from quaver.model.speaker import SAMPLE_RATE_HZ
@@ -110,13 +111,14 @@ def builtin(
     split: Split = "calibration",
     voices: Sequence[Voice] | None = None,
     progress: Progress | None = None,
+    clock: Clock | None = None,
 ) -> list[Item]:
     """``n`` utterances of ``split``, spoken by the model itself with its own sampling; the same for the same seed.
 
     The texts are the checkpoint's own sentences.jsonl where it has one (a voice that knows only its sentences), else
     those that ship with quaver in the languages of the model. The voices are ``voices``, else the recordings that
     ship with quaver, the model's presets, or descriptions. Languages take turns, so that few utterances hear all of
-    them. Where ``n`` exceeds the texts they return in other voices.
+    them. Where ``n`` exceeds the texts they return in other voices. ``clock`` counts what speaking takes (see Engine).
     Raises RecipeError when there is no text, VoiceError when there is no voice.
     """
     rows = [row for row in sentences(tts) if split_of(row["text"]) == split]
@@ -135,7 +137,7 @@ def builtin(
         # A text has its own voice first, the next on each further pass: no pair returns before all have been.
         own = speakers.names.get(row.get("voice", ""), place)
         utterances.append(speakers.give(plain, own + n_pass))
-    return speak(tts, utterances, progress)
+    return speak(tts, utterances, progress, clock)
 
 
 def _in_turns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -237,13 +239,15 @@ def _speakers(tts: TTS, voices: Sequence[Voice] | None) -> _Speakers:
     return _Speakers(voices, (), {voice.name: index for index, voice in enumerate(voices)})
 
 
-def speak(tts: TTS, utterances: Sequence[Utterance], progress: Progress | None = None) -> list[Item]:
+def speak(
+    tts: TTS, utterances: Sequence[Utterance], progress: Progress | None = None, clock: Clock | None = None
+) -> list[Item]:
     """The utterances with the codes that the model says them with, in batches of like length.
 
     The batches depend on the prompts and the widths alone, so that two models are asked alike. Speech longer than
     :func:`most_frames` of its text may have been cut.
     """
-    engine = Engine(tts)
+    engine = Engine(tts, clock=clock)
     caps = [most_frames(utterance.text) for utterance in utterances]
     items: dict[int, Item] = {}
     for batch, prompts in _batches(tts, utterances, caps):

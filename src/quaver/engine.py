@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -23,9 +24,14 @@ from quaver.checkpoint import Checkpoint
 from quaver.errors import BudgetError, RecipeError
 from quaver.guard import Guard
 from quaver.int8 import Int8Embedding, Int8Linear
+from quaver.meter import Clock
 from quaver.model.encoders import load_codec_encoder
+from quaver.model.layers import KVCache
 from quaver.model.speaker import SAMPLE_RATE_HZ
+from quaver.model.talker import Talker
 from quaver.model.tts import TTS, Prompt, Utterance, require_device
+from quaver.model.visiting import Visiting
+from quaver.recorded import Recorded
 from quaver.sampling import ENDED, MIN_FRAMES, Sampling, distribution, draw, uniforms
 from quaver.take import FinishReason, Take
 from quaver.text import split_sentences
@@ -102,10 +108,17 @@ class Batch(Protocol):
 
 
 class Rows:
-    """A Batch in plain PyTorch, on any device: the reference for every other."""
+    """A Batch in plain PyTorch, on any device: the reference for every other.
 
-    def __init__(self, tts: TTS, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs) -> None:
-        self._tts, self._prompts, self._knobs = tts, prompts, knobs
+    Where the talker's layers only visit a GPU, the residual codes of a frame, some thousands of steps of nearly
+    nothing, are one recording: the first layers are on their way meanwhile. ``clock`` counts what the talker and the
+    predictor take, and the waiting for layers.
+    """
+
+    def __init__(
+        self, tts: TTS, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs, clock: Clock | None = None
+    ) -> None:
+        self._tts, self._prompts, self._knobs, self._clock = tts, prompts, knobs, clock
         n_rows = len(prompts)
         self._seed = torch.tensor(seeds, dtype=torch.long, device=tts.device)
         self._seen = torch.zeros(n_rows, tts.config.talker_config.vocab_size, dtype=torch.bool, device=tts.device)
@@ -114,23 +127,24 @@ class Rows:
         lengths = torch.tensor([len(p.embeds) for p in prompts], device=tts.device)
         embeds = torch.nn.utils.rnn.pad_sequence([p.embeds for p in prompts], batch_first=True)
         self._cache = tts.talker.cache(n_rows, embeds.shape[1] + knobs.max_frames, embeds)
-        hidden = tts.talker.hidden(embeds, self._cache, lengths)
+        hidden = self._heard(embeds, lengths)
         self._hidden = hidden[torch.arange(n_rows, device=tts.device), lengths - 1]
-        self._small_cache = tts.talker.code_predictor.cache(n_rows, embeds)
+        # Not a method: what holds itself lives until garbage is collected, and this holds the cache.
+        small_cache = tts.talker.code_predictor.cache(n_rows, embeds)
+        residual = partial(_residual_codes, tts.talker, knobs.residual, small_cache)
+        self._residual = Recorded(residual) if isinstance(tts.talker.model.layers, Visiting) else residual
         self._frame = 0
         self._codes: Tensor | None = None
 
     def step(self) -> Frame | None:
         """See Batch."""
-        tts, knobs = self._tts, self._knobs
-        talker, predictor = tts.talker, tts.talker.code_predictor
-        n_codebooks = tts.config.talker_config.num_code_groups
+        tts, knobs, talker = self._tts, self._knobs, self._tts.talker
         # The talker hears a frame only when the next one is asked for: the last frame of all is never heard.
         if self._codes is not None:
             text = torch.stack([prompt.text_at(self._frame - 1) for prompt in self._prompts])
             x = talker.embed_frames(self._codes) + text
-            self._hidden = talker.hidden(x[:, None], self._cache)[:, 0]
-        uniform = uniforms(self._seed, self._frame, n_codebooks)
+            self._hidden = self._heard(x[:, None])[:, 0]
+        uniform = uniforms(self._seed, self._frame, tts.config.talker_config.num_code_groups)
         logits = talker.codec_head(self._hidden)
         stop_id = tts.config.talker_config.codec_eos_token_id
         stop = logits.float().softmax(-1)[:, stop_id]
@@ -146,15 +160,41 @@ class Rows:
             return None
         self._seen.scatter_(1, first[:, None], True)
         # A stopped row goes on in the batch with any code: nobody reads it.
-        codes = [torch.where(self._alive, first, 0)]
-        logits = predictor.start(self._hidden, talker.embed_codec(codes[0]), self._small_cache)
-        for codebook in range(1, n_codebooks):
-            codes.append(draw(*distribution(logits, knobs.residual), uniform[:, codebook]))
-            if codebook < n_codebooks - 1:
-                logits = predictor.step(codebook, codes[-1], self._small_cache)
-        self._codes = torch.stack(codes, dim=1)
+        first = torch.where(self._alive, first, 0)
+        with nullcontext() if self._clock is None else self._clock.stage("predictor"):
+            (residual,) = self._residual(self._hidden, first, uniform)
+            self._codes = torch.cat((first[:, None], residual), dim=1)
         self._frame += 1
         return Frame(torch.where(self._alive[:, None], self._codes, ENDED), stop)
+
+    def _heard(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The talker's hidden states of what it hears next (see Talker.hidden)."""
+        if self._clock is None:
+            return self._tts.talker.hidden(x, self._cache, lengths)
+        with self._clock.stage("talker"):
+            hidden = self._tts.talker.hidden(x, self._cache, lengths)
+        layers = self._tts.talker.model.layers
+        if isinstance(layers, Visiting):
+            waited_s = layers.take_waited_s()
+            self._clock.add("talker", -waited_s)
+            self._clock.add("visits", waited_s)
+        return hidden
+
+
+def _residual_codes(
+    talker: Talker, sampling: Sampling, cache: KVCache, hidden: Tensor, first: Tensor, uniform: Tensor
+) -> tuple[Tensor]:
+    """Codebooks 1 to Q - 1 of a frame, [B, Q - 1], drawn with ``uniform`` [B, Q] after those ``first`` [B].
+
+    ``hidden`` [B, D] is the talker's; ``cache`` is room for one frame.
+    """
+    predictor, codes = talker.code_predictor, [first]
+    logits = predictor.start(hidden, talker.embed_codec(first), cache)
+    for codebook in range(1, uniform.shape[1]):
+        codes.append(draw(*distribution(logits, sampling), uniform[:, codebook]))
+        if codebook < uniform.shape[1] - 1:
+            logits = predictor.step(codebook, codes[-1], cache)
+    return (torch.stack(codes[1:], dim=1),)
 
 
 class Graphed:
@@ -202,15 +242,18 @@ class Graphed:
 class Engine:
     """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
 
-    ``graphs`` False keeps to plain PyTorch there too. ``untried`` takes ways that ought to be faster and that no GPU
+    ``graphs`` False keeps to plain PyTorch there too, as do layers that only visit the device: a graph's must stay.
+    ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes ways that ought to be faster and that no GPU
     has run yet: a frame as one kernel, recorded prompts, recorded sound. ``memory_bytes`` is what all of it may take of
     the device: what would take more is refused, with the figures, before anything is said.
     """
 
     def __init__(
-        self, tts: TTS, *, graphs: bool = True, memory_bytes: int | None = None, untried: bool = False
-    ) -> None:
+        self, tts: TTS, *, graphs: bool = True, memory_bytes: int | None = None, untried: bool = False,
+        clock: Clock | None = None,
+    ) -> None:  # fmt: skip
         self.tts = tts
+        self._clock = clock
         self._untried = untried
         self._sound: CodecStream | None = None
         # Kernels know plain weights and INT4.
@@ -219,7 +262,8 @@ class Engine:
             for name, module in tts.talker.named_modules()
             if not name.startswith("model.text_embedding")
         )
-        self._graphs = graphs and tts.device.type == "cuda" and find_spec("triton") is not None and not in_int8
+        known = not in_int8 and not isinstance(tts.talker.model.layers, Visiting)
+        self._graphs = graphs and known and tts.device.type == "cuda" and find_spec("triton") is not None
         self._memory_bytes = memory_bytes
         self._weights: Weights | None = None
         self._idle: list[FrameGraph] = []
@@ -293,7 +337,9 @@ class Engine:
         whole = False
         try:
             batch: Batch = (
-                Rows(self.tts, prompts, seeds, knobs) if graph is None else Graphed(graph, prompts, seeds, knobs)
+                Rows(self.tts, prompts, seeds, knobs, self._clock)
+                if graph is None
+                else Graphed(graph, prompts, seeds, knobs)
             )
             for _ in range(knobs.max_frames):
                 whole = False

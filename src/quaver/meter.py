@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,36 +14,59 @@ import torch
 _STATUS = Path("/proc/self/status")
 
 
-class Meter:
-    """Adds up the seconds of named stages on ``device``, whose peak of memory it counts from here on."""
+class Clock:
+    """Adds up the ``seconds`` of named stages of work on ``device``."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self.device = device
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Counts the time while open as that of ``name``; on a GPU until the work asked for is done.
-
-        What PyTorch holds there for reuse is given back: the next stage needs blocks of other sizes.
-        """
+        """Counts the time while open as that of ``name``; on a GPU until the work asked for is done."""
         start = time.perf_counter()
         yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.add(name, time.perf_counter() - start)
 
     def add(self, name: str, seconds: float) -> None:
         """Counts ``seconds`` more for the stage ``name``."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
+    def within(self, name: str, parts: Clock) -> None:
+        """Counts the stages of ``parts``, which were part of the stage ``name``, as stages of their own."""
+        for part, seconds in parts.seconds.items():
+            self.add(part, seconds)
+            self.add(name, -seconds)
+
+
+def split(seconds: Mapping[str, float]) -> str:
+    """The ``seconds`` of each stage, in words; those of no account left out."""
+    return ", ".join(f"{name} {one:.1f}" for name, one in seconds.items() if one >= 0.05)
+
+
+class Meter(Clock):
+    """A Clock that also tells the most memory that PyTorch held on a GPU from here on."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """As Clock.stage. What PyTorch holds on a GPU for reuse is given back: the next needs blocks of other sizes."""
+        with super().stage(name):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+
     @property
     def device_bytes(self) -> int | None:
         """The most that PyTorch held on the GPU, cached blocks included, the driver's own not; None on a CPU."""
-        return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
 
 
 @contextmanager

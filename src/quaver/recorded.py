@@ -3,51 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
 
 
 class Recorded:
     """A function of tensors that is called again and again on others of the same shapes, types and device.
 
-    It gives what the function gives and changes nothing. On a GPU the second call records its steps as a CUDA graph,
-    which later ones replay: what they return holds until the next call. The function must not look at values.
+    It gives what the function gives and changes nothing that is given. On a GPU the second call with inputs of some
+    shapes and types records the steps as a CUDA graph, which later ones replay: what they return holds until the next
+    such call. The function must not look at values; memory of its own that it works in must stay where it is, and is
+    worked in once a call. Recordings and what they hold last as long as this, or until `forget`.
     """
 
-    def __init__(self, fn: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, fn: Function) -> None:
         self._fn = fn
-        self._called = False
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, ...] = ()
-        self._outputs: tuple[Tensor, ...] = ()
+        self._recordings: dict[object, _Recording | None] = {}
+        _ALL.add(self)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What the function makes of ``inputs``."""
-        if not inputs[0].is_cuda or not self._called:
-            # Kernels are loaded when they are first run, which must not happen while recording.
-            self._called = True
+        if not inputs[0].is_cuda:
             return self._fn(*inputs)
-        if self._graph is None:
-            self._inputs = tuple(one.clone() for one in inputs)
-            self._graph = self._record()
-        for held, given in zip(self._inputs, inputs, strict=True):
-            held.copy_(given)
-        with torch.cuda.device(self._inputs[0].device):
-            self._graph.replay()
-        return self._outputs
+        kind = tuple((one.shape, one.dtype, one.device) for one in inputs)
+        if kind not in self._recordings:
+            # Kernels are loaded when they are first run, which must not happen while recording.
+            self._recordings[kind] = None
+            return self._fn(*inputs)
+        recording = self._recordings[kind]
+        if recording is None:
+            recording = self._recordings[kind] = _Recording.of(self._fn, inputs)
+        return recording.replay(inputs)
 
-    def _record(self) -> torch.cuda.CUDAGraph:
-        # As torch.cuda.graph does, but for collecting garbage, which takes longer than recording.
-        graph, device = torch.cuda.CUDAGraph(), self._inputs[0].device
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def forget(self) -> None:
+        """Lets all recordings go."""
+        self._recordings.clear()
+
+
+_ALL: WeakSet[Recorded] = WeakSet()
+
+
+def forget() -> None:
+    """Lets the recordings of every function go: on a GPU they hold memory."""
+    for one in _ALL:
+        one.forget()
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """A graph, where it reads its inputs and where it leaves what it makes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, fn: Function, given: tuple[Tensor, ...]) -> _Recording:
+        """The recording of ``fn`` on inputs like ``given``."""
+        device = given[0].device
+        inputs = tuple(one.clone(memory_format=torch.contiguous_format) for one in given)
+        graph, stream = torch.cuda.CUDAGraph(), _stream(device)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            graph.capture_begin()
+            # As torch.cuda.graph does, but for collecting garbage, which takes longer than recording; and while this
+            # thread records, others may go on copying to the device (see model.visiting).
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._outputs = self._fn(*self._inputs)
+                outputs = fn(*inputs)
             finally:
                 graph.capture_end()
         torch.cuda.synchronize(device)
-        return graph
+        return cls(graph, inputs, outputs)
+
+    def replay(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the function makes of ``given``, until the next replay."""
+        for held, one in zip(self.inputs, given, strict=True):
+            held.copy_(one)
+        with torch.cuda.device(self.inputs[0].device):
+            self.graph.replay()
+        return self.outputs
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream that is recorded on: matrix products keep a workspace for every stream they have run on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,24 +23,60 @@ from quaver.errors import CheckpointError
 from quaver.model.layers import DecoderLayer
 
 _N_SLOTS = 2
-_N_READERS = min(8, os.cpu_count() or 1)
-_READ_BYTES = 1 << 23
-"""What one reader reads at a time: a layer's tensors differ too much in size to share them out whole."""
+_N_READERS = min(16, os.cpu_count() or 1)
 _ALIGNMENT = 64
 """Where a tensor may begin in a slot, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A tensor of a layer: its name there, what it is, and its first byte in its file."""
+    """A tensor of a layer: its name there, what it is, its first byte in its file, and in a slot."""
 
     name: str
     spec: Spec
     start: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """So many bytes of a file, and where in a slot they go."""
+
+    file: Path
+    start: int
+    at: int
+    n_bytes: int
+
+
+class _Layer:
+    """A layer in its files: the ``places`` of its tensors, and the ``shares`` of reading it, one for each reader."""
+
+    def __init__(
+        self, specs: Mapping[str, Spec], names: Mapping[str, str], starts: Mapping[Path, Mapping[str, int]]
+    ) -> None:
+        self.places: list[_Place] = []
+        self.n_bytes = 0
+        for name, full in names.items():
+            spec = specs[full]
+            self.places.append(_Place(name, spec, starts[spec.file][full], self.n_bytes))
+            self.n_bytes += _aligned(spec.n_bytes)
+        # Tensors differ too much in size to be shared out whole, and each task costs the interpreter its time.
+        share = -(-self.n_bytes // _N_READERS)
+        self.shares: list[list[_Part]] = [[] for _ in range(_N_READERS)]
+        for place in self.places:
+            done = 0
+            while done < place.spec.n_bytes:
+                reader = (place.at + done) // share
+                n_bytes = min(place.spec.n_bytes - done, (reader + 1) * share - place.at - done)
+                self.shares[reader].append(_Part(place.spec.file, place.start + done, place.at + done, n_bytes))
+                done += n_bytes
 
 
 class Visiting(nn.ModuleList):
-    """Takes the place of a decoder's list of layers. Whoever iterates runs each layer before asking for the next."""
+    """Takes the place of a decoder's list of layers. Whoever iterates runs each layer before asking for the next.
+
+    While whatever stands between two passes is computed, the first layers are read for the next one.
+    """
 
     def __init__(
         self, config: DecoderConfig, specs: Mapping[str, Spec], prefix: str, device: torch.device, dtype: torch.dtype
@@ -49,39 +85,47 @@ class Visiting(nn.ModuleList):
         super().__init__()
         with torch.device("meta"):
             names = list(DecoderLayer(config).state_dict())
-        starts: dict[Path, dict[str, int]] = {}
-        self._layers: list[list[_Place]] = []
-        for index in range(config.num_hidden_layers):
-            full = {name: f"{prefix}.{index}.{name}" for name in names}
-            for name in full.values():
-                if specs[name].file not in starts:
-                    starts[specs[name].file] = _starts(specs[name].file)
-            self._layers.append(
-                [_Place(name, specs[long], starts[specs[long].file][long]) for name, long in full.items()]
-            )
-        n_bytes = max(sum(_aligned(place.spec.n_bytes) for place in layer) for layer in self._layers)
-        n_slots = min(_N_SLOTS, len(self._layers))
+        full = [{name: f"{prefix}.{index}.{name}" for name in names} for index in range(config.num_hidden_layers)]
+        files = {specs[name].file for layer in full for name in layer.values()}
+        starts = {file: _starts(file) for file in files}
+        self._layers = [_Layer(specs, layer, starts) for layer in full]
+        n_bytes = max(layer.n_bytes for layer in self._layers)
         # In a plain list, which hides them from the module: their weights belong to no layer in particular.
-        self._slots = [_Slot(config, n_bytes, device, dtype) for _ in range(n_slots)]
+        self._slots = [_Slot(config, n_bytes, device, dtype) for _ in range(min(_N_SLOTS, len(self._layers)))]
+        # Threads end when these are dropped, with the model.
+        self._ahead, self._readers = ThreadPoolExecutor(1), ThreadPoolExecutor(_N_READERS)
+        self._coming: list[Future[None]] = []
+        self._waited_s = 0.0
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __iter__(self) -> Iterator[DecoderLayer]:
-        # The threads live for one pass: a model that is dropped or fails half-way leaves none behind.
-        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(_N_READERS) as readers:
-            slots = self._slots
-            coming = deque(ahead.submit(slot.fill, self._layers[i], readers) for i, slot in enumerate(slots))
-            for index in range(len(self)):
-                slot = slots[index % len(slots)]
-                coming.popleft().result()
-                slot.enter()
-                try:
-                    yield slot.layer
-                finally:
-                    slot.leave()
-                if index + len(slots) < len(self):
-                    coming.append(ahead.submit(slot.fill, self._layers[index + len(slots)], readers))
+        n_slots = len(self._slots)
+        # What the last pass left coming are the first layers; one that was given up has left nothing of use.
+        coming, self._coming = self._coming or [self._fill(index) for index in range(n_slots)], []
+        for index in range(len(self)):
+            slot = self._slots[index % n_slots]
+            start = time.perf_counter()
+            coming[index % n_slots].result()
+            self._waited_s += time.perf_counter() - start
+            slot.enter()
+            try:
+                yield slot.layer
+            finally:
+                slot.leave()
+            following = index + n_slots
+            coming[index % n_slots] = self._fill(following if following < len(self) else index % n_slots)
+        self._coming = coming
+
+    def take_waited_s(self) -> float:
+        """The seconds that passes have waited for layers to be read since this was asked last."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
+    def _fill(self, index: int) -> Future[None]:
+        """Has the layer ``index`` brought to its slot."""
+        return self._ahead.submit(self._slots[index % len(self._slots)].fill, self._layers[index], self._readers)
 
 
 class _Slot:
@@ -95,6 +139,7 @@ class _Slot:
         self._device, self._dtype = device, dtype
         self._on_gpu = device.type == "cuda"
         self._bytes = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+        self._room = self._bytes.numpy().data
         with torch.device("meta"):
             self.layer = DecoderLayer(config).requires_grad_(requires_grad=False).eval()
         if self._on_gpu:
@@ -103,28 +148,26 @@ class _Slot:
             self._arrived, self._used = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def fill(self, places: Sequence[_Place], readers: Executor) -> None:
-        """Brings the layer that lies at ``places``; called beside what computes. Raises CheckpointError."""
+    def fill(self, layer: _Layer, readers: Executor) -> None:
+        """Brings ``layer``; called beside what computes. Raises CheckpointError."""
         if self._on_gpu:
             self._arrived.synchronize()
-        views, reading, start = [], [], 0
-        for place in places:
-            room = self._bytes[start : start + place.spec.n_bytes]
-            views.append(room.view(place.spec.dtype).view(place.spec.shape))
-            for first in range(0, len(room), _READ_BYTES):
-                part = room[first : first + _READ_BYTES].numpy().data
-                reading.append(readers.submit(_read, place.spec.file, place.start + first, part))
-            start += _aligned(place.spec.n_bytes)
+        reading = [readers.submit(_read, share, self._room) for share in layer.shares]
         for one in reading:
             one.result()
+        views = [
+            (place.name, self._bytes[place.at : place.at + place.spec.n_bytes].view(place.spec.dtype))
+            for place in layer.places
+        ]
         if not self._on_gpu:
-            for place, view in zip(places, views, strict=True):
-                self._put(place.name, nn.Parameter(view.to(self._dtype), requires_grad=False))
+            for (name, view), place in zip(views, layer.places, strict=True):
+                parameter = view.view(place.spec.shape).to(self._dtype)
+                self._put(name, nn.Parameter(parameter, requires_grad=False))
             return
         with torch.cuda.device(self._device), torch.cuda.stream(self._copying):
             self._copying.wait_event(self._used)
-            for place, view in zip(places, views, strict=True):
-                self.layer.get_parameter(place.name).copy_(view, non_blocking=True)
+            for name, view in views:
+                self.layer.get_parameter(name).flatten().copy_(view, non_blocking=True)
             self._arrived.record(self._copying)
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
@@ -154,12 +197,14 @@ def _starts(file: Path) -> dict[str, int]:
     return {name: 8 + n_bytes + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _read(file: Path, start: int, into: memoryview) -> None:
+def _read(parts: Sequence[_Part], room: memoryview) -> None:
+    """Reads ``parts`` of files to where they belong in the slot ``room``."""
     try:
-        with file.open("rb", buffering=0) as data:
-            data.seek(start)
-            n_read = data.readinto(into)
+        for part in parts:
+            into = room[part.at : part.at + part.n_bytes]
+            with part.file.open("rb", buffering=0) as data:
+                data.seek(part.start)
+                if data.readinto(into) != part.n_bytes:
+                    raise CheckpointError(f"{part.file} was cut short while it was in use: get the file again")
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    if n_read != len(into):
-        raise CheckpointError(f"{file} was cut short while it was in use: get the file again")
+        raise CheckpointError(f"{parts[0].file} cannot be read: {error.strerror}") from error
