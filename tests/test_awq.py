@@ -442,20 +442,24 @@ def test_the_same_bytes_twice(toy_folder, items, quantized, tmp_path):
 
 
 def test_progress_tells_every_layer_and_the_report_is_json(toy_folder, items, tmp_path):
-    told = []
+    told, lines = [], []
     report = awq.quantize(
         toy_folder,
         tmp_path / "out",
         awq.Recipe(n_samples=2, n_positions=16),
         calibration=items,
         progress=lambda *event: told.append(event),
+        tell=lines.append,
     )
     assert [event for event in told if event[0] == "quantizing layers"] == [
         ("quantizing layers", 1, 2),
         ("quantizing layers", 2, 2),
     ]
     assert (report.n_utterances, report.n_positions) == (2, 32)
+    assert [line.partition(": ")[0] for line in lines] == ["before the first layer", "layer 0", "layer 1"]
     value = json.loads(json.dumps(report.to_json()))
+    assert set(value["layer_seconds"]) == {"layer-000", "layer-001"}
+    assert sum(value["layer_seconds"]["layer-001"].values()) <= sum(value["seconds"].values())
     assert value["layers"][1]["groups"][0]["name"] == "qkv"
     assert value["loss"] == report.loss
     before, after = report.tensor_bytes
@@ -482,6 +486,12 @@ if when == "deliver":
     Partial.deliver = die
 awq.quantize(source, out, awq.Recipe(n_samples=2, n_positions=40), progress=progress)
 """
+
+
+def test_the_report_tells_what_speaking_took(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(awq, "_ROOM_BYTES", 0)
+    report = awq.quantize(toy_folder, tmp_path / "out", awq.Recipe(n_samples=2, n_positions=40))
+    assert min(report.seconds[name] for name in ("talker", "visits", "predictor", "calibration")) > 0
 
 
 @pytest.fixture(scope="module")
@@ -581,6 +591,7 @@ def test_an_interrupted_run_leaves_only_what_it_finished(toy_folder, items, tmp_
 def test_the_report_tells_where_time_and_memory_went(quantized):
     report = quantized[1]
     assert set(report.seconds) >= {"summing", "loading", "calibration", "moments", "search", "writing"}
+    assert set(report.seconds) >= {"scales", "inverse", "clip", "rounding", "settling", "check"}
     assert all(seconds >= 0 for seconds in report.seconds.values())
     assert report.device_bytes is None
     assert report.host_bytes > 50_000_000

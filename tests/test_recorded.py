@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quaver import awq_search
+from quaver import awq_search, recorded
 from quaver.awq_search import Feedback, compensated, nearest, settled
 from quaver.int4 import GROUP
 from quaver.recorded import Recorded
@@ -14,19 +14,35 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("block", "n_wide"), [(awq_search._compensated_block, 3), (awq_search._settled_block, 4)])
-def test_blocks_of_rounding_give_the_same_recorded_and_change_nothing(block, n_wide, device):
-    recorded = Recorded(block)
-    for seed in range(3):
+@pytest.mark.parametrize("block", [awq_search._compensated_block, awq_search._settled_block, awq_search._clipped_group])
+def test_blocks_of_the_search_give_the_same_recorded_and_change_nothing(block, device):
+    fast = Recorded(block)
+    # Of one row, the columns of which lie side by side as they are, and of two kinds in turn.
+    for seed, n_rows in enumerate((24, 1, 40, 24, 1)):
         torch.manual_seed(seed)
-        inputs = [torch.rand(24, GROUP, device=device) + 0.1 for _ in range(n_wide)]
-        inputs.append(torch.rand(GROUP, GROUP, device=device) + 0.1)
-        if block is awq_search._settled_block:
-            inputs.append(torch.rand(GROUP, device=device) + 0.1)
+
+        def some(*shape):
+            return torch.rand(*shape, device=device) + 0.1
+
+        rows, square = [some(n_rows, GROUP) for _ in range(4)], some(GROUP, GROUP)
+        inputs = {
+            awq_search._compensated_block: [*rows[:3], square],
+            awq_search._settled_block: [*rows, square, some(GROUP)],
+            awq_search._clipped_group: [rows[0], square, *rows[1:3]],
+        }[block]
         before = [one.clone() for one in inputs]
         plain = block(*inputs)
-        assert all(torch.equal(one, two) for one, two in zip(plain, recorded(*inputs), strict=True))
+        assert all(torch.equal(one, two) for one, two in zip(plain, fast(*inputs), strict=True))
         assert all(torch.equal(one, two) for one, two in zip(before, inputs, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_forgotten_is_recorded_again(device):
+    twice = Recorded(lambda x: (x + x,))
+    for value in (1.0, 2.0):
+        x = torch.full((3,), value, device=device)
+        assert twice(x)[0].tolist() == twice(x)[0].tolist() == [2 * value] * 3
+        recorded.forget()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quaver import corpus
+from quaver import corpus, recorded
 from quaver.awq_search import GroupReport, LayerSearch, Moment, search_layer
 from quaver.checkpoint import Checkpoint, Edit
 from quaver.config import ModelConfig
@@ -26,7 +26,7 @@ from quaver.corpus import Item, Progress
 from quaver.errors import CheckpointError, RecipeError
 from quaver.files import check_new
 from quaver.int4 import GROUP, require_shape
-from quaver.meter import Meter, host_bytes, limited
+from quaver.meter import Clock, Meter, host_bytes, limited, split
 from quaver.model.homes import LAYERS
 from quaver.model.layers import GROUPS, Decoder, DecoderLayer
 from quaver.model.tts import TTS, require_device
@@ -40,6 +40,9 @@ KEPT = ("talker.code_predictor", "talker.codec_head", "talker.text_projection", 
 
 Search = Callable[[DecoderLayer, Mapping[str, Moment], torch.dtype], LayerSearch]
 """Finds the INT4 weights of a float32 layer from its inputs' moments and the type its norms are stored in."""
+
+Tell = Callable[[str], None]
+"""Called with a line for a person."""
 
 _ROOM_BYTES = 250_000_000
 """Larger talkers speak with their layers visiting the device."""
@@ -84,7 +87,8 @@ class LayerReport:
 class Report:
     """What quantizing took: calibration, bytes of all tensors before and after, time and memory.
 
-    ``seconds`` has the stages of this run; ``n_resumed`` layers an earlier one had finished. ``device_bytes`` is the
+    ``seconds`` has the stages of this run, and ``layer_seconds`` those of each layer that it finished, by the layer's
+    name; ``n_resumed`` layers an earlier one had finished. ``device_bytes`` is the
     most that PyTorch held on a GPU, ``host_bytes`` the most that was resident in this process, mapped files and
     libraries included.
     """
@@ -94,6 +98,7 @@ class Report:
     tensor_bytes: tuple[int, int]
     n_resumed: int
     seconds: Mapping[str, float]
+    layer_seconds: Mapping[str, Mapping[str, float]]
     device_bytes: int | None
     host_bytes: int | None
 
@@ -101,8 +106,7 @@ class Report:
         """What an earlier run had finished, the seconds by stage and the peaks of memory, in words."""
         if self.n_resumed:
             yield f"{self.n_resumed} of these layers finished earlier"
-        split = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
-        yield f"{sum(self.seconds.values()):.0f} s ({split})"
+        yield f"{sum(self.seconds.values()):.0f} s ({split(self.seconds)})"
         for place, n_bytes in (("GPU", self.device_bytes), ("host", self.host_bytes)):
             if n_bytes is not None:
                 yield f"{place} memory {n_bytes / 1e9:.2f} GB at most"
@@ -162,11 +166,13 @@ def quantize(
     calibration: str | Path | Sequence[Item] | None = None,
     search: Search = search_layer,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> AwqReport:
     """Writes ``source`` with its talker's linears in INT4 to the new folder ``out``, and reports.
 
     ``calibration`` is a JSON-lines file (see corpus.load) or items; by default the model speaks texts of its own, with
-    its floats in ``dtype``. ``search`` is what happens in one layer: a benchmark puts its rivals there.
+    its floats in ``dtype``. ``search`` is what happens in one layer: a benchmark puts its rivals there. ``tell`` hears
+    where the time went, line by line.
     Layer by layer, each calibrated on what the quantized layers before it give. Everything else stays bit-equal but
     the norms that absorbed scales. A run that was interrupted goes on from its finished layers when it is asked for
     again, to the same bytes. Raises CheckpointError for a model that is quantized already or does not fit the format,
@@ -179,8 +185,9 @@ def quantize(
     require_stack(checkpoint, LAYERS, range(n_layers))
     talker = talker_stack(checkpoint.config, ["int4"] * n_layers)
     with Work.towards(
-        out, checkpoint, recipe, calibration, [talker], device=device, dtype=dtype, search=search, progress=progress
-    ) as work:
+        out, checkpoint, recipe, calibration, [talker],
+        device=device, dtype=dtype, search=search, progress=progress, tell=tell,
+    ) as work:  # fmt: skip
         heard = work.calibrate()
         found = work.quantize(talker, heard)
         lengths = heard.lengths[talker.name]
@@ -207,6 +214,7 @@ def quantize(
         tensor_bytes=(sizes[0], sizes[1]),
         n_resumed=found.n_resumed,
         seconds=work.meter.seconds,
+        layer_seconds=work.layer_seconds,
         device_bytes=work.meter.device_bytes,
         host_bytes=host_bytes(),
     )
@@ -256,14 +264,18 @@ def gpu_bytes(config: ModelConfig) -> int:
 
 
 def calibration_items(
-    tts: TTS, recipe: Recipe, calibration: str | Path | Sequence[Item] | None, progress: Progress | None
+    tts: TTS,
+    recipe: Recipe,
+    calibration: str | Path | Sequence[Item] | None,
+    progress: Progress | None,
+    clock: Clock | None = None,
 ) -> Sequence[Item]:
     """The utterances to calibrate on: of a JSON-lines file, those given, or by default the model's own speech.
 
-    Raises RecipeError when there is none.
+    ``clock`` counts what speaking takes. Raises RecipeError when there is none.
     """
     if calibration is None:
-        items: Sequence[Item] = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, progress=progress)
+        items: Sequence[Item] = corpus.builtin(tts, recipe.n_samples, seed=recipe.seed, progress=progress, clock=clock)
     elif isinstance(calibration, str | Path):
         items = corpus.load(tts, calibration, recipe.n_samples, progress)
     else:
@@ -322,8 +334,10 @@ class Work:
     dtype: torch.dtype | None
     search: Search
     progress: Progress | None
+    tell: Tell | None
     partial: Partial
     meter: Meter
+    layer_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
@@ -338,6 +352,7 @@ class Work:
         device: str | torch.device,
         dtype: torch.dtype | None,
         progress: Progress | None,
+        tell: Tell | None = None,
         search: Search = search_layer,
     ) -> Iterator[Work]:
         """The work towards the new folder ``out``; what an earlier run of the same has finished is taken.
@@ -349,7 +364,12 @@ class Work:
         with meter.stage("summing"):
             key = _key(checkpoint, recipe, calibration, stacks, search, device, dtype)
         with limited(device, gpu_bytes(checkpoint.config)), Partial.towards(out, key) as partial:
-            yield cls(out, checkpoint, recipe, calibration, stacks, device, dtype, search, progress, partial, meter)
+            try:
+                yield cls(
+                    out, checkpoint, recipe, calibration, stacks, device, dtype, search, progress, tell, partial, meter
+                )
+            finally:
+                recorded.forget()
 
     def calibrate(self) -> Calibration:
         """Has the calibration set spoken or encoded, and keeps what the stacks with INT4 layers read first.
@@ -363,8 +383,9 @@ class Work:
             stacks = [stack for stack in self.stacks if stack.int4]
             if not stacks:
                 return Calibration(None, 0, {})
+            clock = Clock(self.device)
             with self.meter.stage("calibration"):
-                items = calibration_items(tts, self.recipe, self.calibration, self.progress)
+                items = calibration_items(tts, self.recipe, self.calibration, self.progress, clock)
                 # One tensor a stack: reading hundreds takes longer, and turns a Ctrl-C into an error of the library's.
                 tensors, lengths = {}, {}
                 for stack in stacks:
@@ -372,6 +393,9 @@ class Work:
                     tensors[stack.name], lengths[stack.name] = torch.cat(rows), list(map(len, rows))
                 note = {"sha256": corpus.fingerprint(items), "n_utterances": len(items), "lengths": lengths}
                 self.partial.keep(_CALIBRATION, tensors, note)
+            self.meter.within("calibration", clock)
+            if self.tell:
+                self.tell(f"before the first layer: {split(self.meter.seconds)}")
         return Calibration(**note)
 
     @torch.no_grad()
@@ -385,6 +409,7 @@ class Work:
             inputs = self.partial.tensors(_CALIBRATION, [stack.name])[stack.name]
             stream = Stream(decoder, torch.split(inputs, list(heard.lengths[stack.name])), self.device)
             for index in range(todo[-1] + 1):
+                before = dict(self.meter.seconds)
                 if index in todo:
                     self._finish(stack, index, stream)
                 if index < todo[-1]:
@@ -395,6 +420,10 @@ class Work:
                     with self.meter.stage("running"):
                         stream.advance(layer)
                     del layer
+                took = {name: one - before.get(name, 0.0) for name, one in self.meter.seconds.items()}
+                self.layer_seconds[stack.piece(index)] = {name: one for name, one in took.items() if one}
+                if self.tell:
+                    self.tell(f"{stack.name} {index}: {sum(took.values()):.1f} s ({split(took)})")
                 if self.progress:
                     self.progress(f"quantizing {stack.name}s", index + 1, stack.int4[-1] + 1)
         notes = {index: self.partial.note(piece) for index, piece in pieces.items()}
@@ -438,9 +467,7 @@ class Work:
             moments = stream.observe(layer)
         with self.meter.stage("search"):
             found = self.search(layer, moments, stack.norm_dtype(self.checkpoint, index))
-        for stage, seconds in found.seconds.items():
-            self.meter.add(stage, seconds)
-            self.meter.add("search", -seconds)
+        self.meter.within("search", found.clock)
         with self.meter.stage("keeping"):
             self.partial.keep(stack.piece(index), *stack.finished(self.checkpoint, index, found))
 

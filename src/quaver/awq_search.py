@@ -14,7 +14,6 @@ all calibration positions at once, and no input need be kept. Shapes: O outputs,
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quaver.int4 import GROUP, LEVELS, Int4Weight, representable
+from quaver.meter import Clock
 from quaver.model.layers import GROUPS, DecoderLayer, Group
 from quaver.recorded import Recorded
 
@@ -109,12 +109,11 @@ def compensated(weight: Tensor, second: Tensor, grid: Int4Weight, feedback: Feed
     """
     order, inverse = feedback.order, feedback.inverse
     left, values = weight[:, order], torch.empty_like(grid.values)
-    round_block = Recorded(_compensated_block)
     for start in range(0, weight.shape[1], GROUP):
         end = start + GROUP
         groups, own = order[start:end] // GROUP, inverse[start:end, start:end]
         scales, zeros = grid.scales[:, groups], grid.zeros[:, groups].float()
-        levels, errors = round_block(left[:, start:end], scales, zeros, own)
+        levels, errors = _COMPENSATE(left[:, start:end], scales, zeros, own)
         values[:, start:end] = levels.to(values.dtype)
         left[:, end:] -= errors @ inverse[start:end, end:]
     del left
@@ -124,13 +123,19 @@ def compensated(weight: Tensor, second: Tensor, grid: Int4Weight, feedback: Feed
 
 def _compensated_block(left: Tensor, scales: Tensor, zeros: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """The levels of 128 inputs in their order, and the errors [O, 128] that the inputs after them make up for."""
-    left, levels, errors = left.clone(), torch.empty_like(scales), torch.empty_like(scales)
+    # An input at a time is read and written: its values lie side by side.
+    left = left.T.clone(memory_format=torch.contiguous_format)
+    scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
+    low, high = -zeros, LEVELS - 1 - zeros
+    steps, errors = torch.empty_like(left), torch.empty_like(left)
     for i in range(GROUP):
-        level, error = levels[:, i], errors[:, i]
-        torch.clamp((left[:, i] / scales[:, i]).round() + zeros[:, i], 0, LEVELS - 1, out=level)
-        torch.div(left[:, i] - (level - zeros[:, i]) * scales[:, i], inverse[i, i], out=error)
-        left[:, i:] -= torch.outer(error, inverse[i, i:])
-    return levels, errors
+        torch.clamp((left[i] / scales[i]).round(), low[i], high[i], out=steps[i])
+        torch.div(left[i] - steps[i] * scales[i], inverse[i, i], out=errors[i])
+        left[i + 1 :] -= torch.outer(inverse[i, i + 1 :], errors[i])
+    return (steps + zeros).T.contiguous(), errors.T.contiguous()
+
+
+_COMPENSATE = Recorded(_compensated_block)
 
 
 def settled(weight: Tensor, second: Tensor, found: Int4Weight, n_rounds: int = _ROUNDS) -> Int4Weight:
@@ -143,16 +148,13 @@ def settled(weight: Tensor, second: Tensor, found: Int4Weight, n_rounds: int = _
     power = moment.diagonal().clamp(min=_TINY)
     values = found.values[:, order].float()
     slope = (found.dequantize()[:, order] - weight[:, order]) @ moment
-    settle_block = Recorded(_settled_block)
     for _ in range(n_rounds):
         moved = False
         for start in range(0, weight.shape[1], GROUP):
             end = start + GROUP
             groups, own = order[start:end] // GROUP, moment[start:end, start:end]
             scales, zeros = found.scales[:, groups], found.zeros[:, groups].float()
-            levels, steps = settle_block(
-                values[:, start:end], slope[:, start:end], scales, zeros, own, power[start:end]
-            )
+            levels, steps = _SETTLE(values[:, start:end], slope[:, start:end], scales, zeros, own, power[start:end])
             values[:, start:end] = levels
             slope += steps @ moment[start:end]
             moved = moved or bool(steps.any())
@@ -166,14 +168,20 @@ def _settled_block(
     values: Tensor, slope: Tensor, scales: Tensor, zeros: Tensor, moment: Tensor, power: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The levels of 128 inputs in their order after each has moved to its best, and by how much each did, [O, 128]."""
-    slope, levels, steps = slope.clone(), torch.empty_like(scales), torch.empty_like(scales)
+    slope = slope.T.clone(memory_format=torch.contiguous_format)
+    values, scales, zeros = (one.T.contiguous() for one in (values, scales, zeros))
+    low, high = -zeros, LEVELS - 1 - zeros
+    before = values - zeros
+    held, after, steps = before * scales, torch.empty_like(before), torch.empty_like(before)
     for i in range(GROUP):
-        level, step = levels[:, i], steps[:, i]
-        aim = (values[:, i] - zeros[:, i]) * scales[:, i] - slope[:, i] / power[i]
-        torch.clamp((aim / scales[:, i]).round() + zeros[:, i], 0, LEVELS - 1, out=level)
-        torch.mul(level - values[:, i], scales[:, i], out=step)
-        slope += torch.outer(step, moment[i])
-    return levels, steps
+        aim = (held[i] - slope[i] / power[i]) / scales[i]
+        torch.clamp(aim.round(), low[i], high[i], out=after[i])
+        torch.mul(after[i] - before[i], scales[i], out=steps[i])
+        slope[i + 1 :] += torch.outer(moment[i, i + 1 :], steps[i])
+    return (after + zeros).T.contiguous(), steps.T.contiguous()
+
+
+_SETTLE = Recorded(_settled_block)
 
 
 def better_rows(weight: Tensor, second: Tensor, first: Int4Weight, *others: Int4Weight) -> Int4Weight:
@@ -214,17 +222,29 @@ def search_clip(weight: Tensor, second: Tensor) -> Tensor:
         own, part = second[columns, columns], weight[:, columns]
         kept = delta[:, columns]
         others = delta @ second[:, columns] - kept @ own
-        least = ((kept @ own + 2 * others) * kept).sum(-1)
-        for ratio in _CLIPS[1:]:
-            narrowed = shrink.new_full((len(weight), 1), ratio)
-            tried = nearest(part, narrowed).dequantize() - part
-            error = ((tried @ own + 2 * others) * tried).sum(-1)
-            better = error < least
-            least = torch.where(better, error, least)
-            shrink[better, group] = ratio
-            kept = torch.where(better[:, None], tried, kept)
-        delta[:, columns] = kept
+        shrink[:, group], delta[:, columns] = _CLIP(part, own, others, kept)
     return shrink
+
+
+def _clipped_group(part: Tensor, own: Tensor, others: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """How far to narrow one group's ranges [O] for the least error, and the errors [O, 128] of the weights then.
+
+    ``part`` [O, 128] is its weights, ``own`` its inputs' moment, ``others`` [O, 128] what the errors of other groups
+    bring there, ``kept`` [O, 128] its errors as they are.
+    """
+    best = part.new_ones(len(part))
+    least = ((kept @ own + 2 * others) * kept).sum(-1)
+    for ratio in _CLIPS[1:]:
+        tried = nearest(part, part.new_full((len(part), 1), ratio)).dequantize() - part
+        error = ((tried @ own + 2 * others) * tried).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = best.masked_fill(better, ratio)
+        kept = torch.where(better[:, None], tried, kept)
+    return best, kept
+
+
+_CLIP = Recorded(_clipped_group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,51 +324,57 @@ class LayerSearch:
     reports: list[GroupReport] = field(default_factory=list)
     # What the output rows of a linear were divided by; its errors count in the units before that.
     units: dict[str, Tensor] = field(default_factory=dict)
-    # What choosing the scales and rounding (clips and ranges included) took.
-    seconds: dict[str, float] = field(default_factory=dict)
+    # What each part of it took.
+    clock: Clock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.layer.input_layernorm.weight.device)
 
     def run(self, original: DecoderLayer) -> None:
         """Folds, clips and rounds every group, and compares with the layer as it was."""
-        start = time.perf_counter()
         # From the last group to the first: a linear's rows are settled before its columns are searched.
-        chosen = {group.name: self._fold_best(group) for group in reversed(GROUPS)}
-        folded = time.perf_counter()
+        with self.clock.stage("scales"):
+            chosen = {group.name: self._fold_best(group) for group in reversed(GROUPS)}
         for group in GROUPS:
             self.reports.append(self._round(group, original, *chosen[group.name]))
-        self.seconds = {"scales": folded - start, "rounding": time.perf_counter() - folded}
 
     def _round(self, group: Group, layer: DecoderLayer, alpha: float, beta: float, scale: Tensor | None) -> GroupReport:
         """Clips and rounds the linears of a group that was folded by ``scale``; compares with those of ``layer``."""
         second = self.moments[group.name].second
         inputs = Feed.of(self.layer, group).spread(scale) if scale is not None else second.new_ones(len(second))
         folded = second / torch.outer(inputs, inputs)
-        feedback = Feedback.of(folded) if self.activation_aware else None
+        with self.clock.stage("inverse"):
+            feedback = Feedback.of(folded) if self.activation_aware else None
         before = after = 0.0
         n_clipped = n_groups = 0
         for linear in group.linears:
             original, weight = layer.get_parameter(f"{linear}.weight").data, self._weight(linear)
             self.weights[linear] = self._rounded(weight, folded, feedback)
-            errors = row_errors(self.weights[linear].dequantize() - weight, folded) * self._units(linear).square()
-            energy = row_errors(original, second).sum().clamp(min=_TINY)
-            before += float(row_errors(nearest(original).dequantize() - original, second).sum() / energy)
-            after += float(errors.sum() / energy)
-            n_clipped += int((self.weights[linear].scales < nearest(weight).scales).sum())
-            n_groups += weight.numel() // GROUP
+            with self.clock.stage("check"):
+                errors = row_errors(self.weights[linear].dequantize() - weight, folded) * self._units(linear).square()
+                energy = row_errors(original, second).sum().clamp(min=_TINY)
+                before += float(row_errors(nearest(original).dequantize() - original, second).sum() / energy)
+                after += float(errors.sum() / energy)
+                n_clipped += int((self.weights[linear].scales < nearest(weight).scales).sum())
+                n_groups += weight.numel() // GROUP
         return GroupReport(group.name, alpha, beta, before, after, n_clipped / n_groups)
 
     def _rounded(self, weight: Tensor, second: Tensor, feedback: Feedback | None) -> Int4Weight:
         """Each row of ``weight`` [O, I] in the ranges in which it can be rounded best."""
         if not self.activation_aware:
             return nearest(weight)
-        shrink = search_clip(weight, second)
+        with self.clock.stage("clip"):
+            shrink = search_clip(weight, second)
         grids = [nearest(weight, shrink), *(nearest(weight, torch.full_like(shrink, share)) for share in _RANGES)]
         if feedback:
             # Rows know nothing of one another: all forms of all rows are rounded at once.
             parts = [torch.cat(one) for one in zip(*((g.values, g.zeros, g.scales) for g in grids), strict=True)]
-            rounded = compensated(weight.repeat(len(grids), 1), second, Int4Weight(*parts), feedback)
+            with self.clock.stage("rounding"):
+                rounded = compensated(weight.repeat(len(grids), 1), second, Int4Weight(*parts), feedback)
             pieces = (one.chunk(len(grids)) for one in (rounded.values, rounded.zeros, rounded.scales))
             grids = [Int4Weight(*one) for one in zip(*pieces, strict=True)]
-        return settled(weight, second, better_rows(weight, second, *grids))
+        with self.clock.stage("settling"):
+            return settled(weight, second, better_rows(weight, second, *grids))
 
     def _weight(self, linear: str) -> Tensor:
         return self.layer.get_parameter(f"{linear}.weight").data

@@ -243,9 +243,9 @@ class Engine:
     """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
 
     ``graphs`` False keeps to plain PyTorch there too, as do layers that only visit the device: a graph's must stay.
-    ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes ways that ought to be faster and that no GPU
-    has run yet: a frame as one kernel, recorded prompts, recorded sound. ``memory_bytes`` is what all of it may take of
-    the device: what would take more is refused, with the figures, before anything is said.
+    ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes ways that ought to be faster and that no
+    GPU has run yet: a frame as one kernel, recorded prompts, recorded sound. ``memory_bytes`` is what all of it may
+    take of the device: what would take more is refused, with the figures, before anything is said.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quaver import ledger
-from quaver.awq import LayerReport, Report, Work, int4_layers, talker_stack
+from quaver.awq import LayerReport, Report, Tell, Work, int4_layers, talker_stack
 from quaver.checkpoint import Checkpoint, Edit, Spec
 from quaver.config import ModelConfig
 from quaver.corpus import Item, Progress
@@ -106,6 +106,7 @@ def quantize(
     dtype: torch.dtype | None = None,
     calibration: str | Path | Sequence[Item] | None = None,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> MixedReport:
     """Writes ``source`` with each part stored as ``recipe`` says to the new folder ``out``, and reports.
 
@@ -122,8 +123,9 @@ def quantize(
     changed = settings(recipe, config, n_rows)
     stacks = _stacks(recipe, config)
     with Work.towards(
-        out, checkpoint, recipe.calibration, calibration, stacks, device=device, dtype=dtype, progress=progress
-    ) as work:
+        out, checkpoint, recipe.calibration, calibration, stacks,
+        device=device, dtype=dtype, progress=progress, tell=tell,
+    ) as work:  # fmt: skip
         heard = work.calibrate()
         found = {name: work.quantize(stack, heard) for name, stack in zip(_STACKS, stacks, strict=True)}
         absorbed = {name: list(ends) for one in found.values() for name, ends in one.absorbed.items()}
@@ -150,6 +152,7 @@ def quantize(
         tensor_bytes=tensor_bytes,
         n_resumed=sum(one.n_resumed for one in found.values()),
         seconds=work.meter.seconds,
+        layer_seconds=work.layer_seconds,
         device_bytes=work.meter.device_bytes,
         host_bytes=host_bytes(),
     )

@@ -65,8 +65,9 @@ def quantize(
     with _resumable(out):
         if stored is None:
             report = awq.quantize(
-                checkpoint, out, calibrating, device=device, dtype=kind, calibration=calibration, progress=progress
-            )
+                checkpoint, out, calibrating,
+                device=device, dtype=kind, calibration=calibration, progress=progress, tell=progress.tell,
+            )  # fmt: skip
         else:
             stored, heard = replace(stored, calibration=calibrating), calibration
             if most_bytes is not None:
@@ -80,8 +81,9 @@ def quantize(
                     progress=progress,
                 )
             report = mixed.quantize(
-                checkpoint, out, stored, device=device, dtype=kind, calibration=heard, progress=progress
-            )
+                checkpoint, out, stored,
+                device=device, dtype=kind, calibration=heard, progress=progress, tell=progress.tell,
+            )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:

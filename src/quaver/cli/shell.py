@@ -24,22 +24,37 @@ DTYPES: dict[str, torch.dtype | None] = {
     "float16": torch.float16,
 }
 
+_QUIET_S = 10
+"""Without a terminal, how long nothing new is said at most."""
+
 
 class Progress:
-    """A line on stderr that tells what is being done and how far it is; without a terminal, only when it is done."""
+    """A line on stderr that tells what is being done and how far it is; without a terminal, a new one now and then."""
 
     def __init__(self) -> None:
-        self._start, self._what = time.perf_counter(), ""
+        self._start = self._last = self._shown = time.perf_counter()
+        self._what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Shows ``what`` at ``done`` of ``total``."""
+        now = time.perf_counter()
         if what != self._what:
-            self._start, self._what = time.perf_counter(), what
-        if not sys.stderr.isatty() and done != total:
+            # It is first told of when some of it is done: it began when the thing before it had ended.
+            self._start, self._what = self._last, what
+        self._last = now
+        on_terminal = sys.stderr.isatty()
+        if not on_terminal and done != total and now - self._shown < _QUIET_S:
             return
-        seconds = time.perf_counter() - self._start
+        self._shown = now
+        seconds = now - self._start
         left = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
-        click.echo(f"\r\033[K{what}: {done}/{total} ({seconds:.0f} s{left})", err=True, nl=done == total)
+        line = f"{what}: {done}/{total} ({seconds:.0f} s{left})"
+        click.echo(f"\r\033[K{line}" if on_terminal else line, err=True, nl=done == total or not on_terminal)
+
+    def tell(self, line: str) -> None:
+        """Shows a ``line`` of its own where there is no terminal: in a log, where whoever reads it was not there."""
+        if not sys.stderr.isatty():
+            click.echo(line, err=True)
 
 
 def model_options(command: F) -> F:
