@@ -1,11 +1,12 @@
 """What `quaver quantize` takes in time and memory, on random weights of a published model's true shape.
 
-    python bench/quantize.py [--shape 1.7b-base] [--device cuda] [--out FOLDER] [--kill] [--json]
+    python bench/quantize.py [--shape 1.7b-base] [--device cuda] [--out FOLDER] [--kill] [--json] [--limit-s 300]
 
 The weights are made in OUT/model and kept; the verb then runs in a process of its own, as a user would start it, so
 that its peaks are its own. Random weights seldom stop: every calibration text is spoken up to twice its natural length,
 the most that is ever asked for. With --kill it runs again, is killed when half of the layers are finished, goes on, and
-must come to the same bytes. --layers makes the talker shallower, for machines that are slow.
+must come to the same bytes. --layers makes the talker shallower, for machines that are slow. The verb tells where its
+time goes as it goes; one that --limit-s stops also tells where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 
 from quaver.errors import QuaverError
+from quaver.meter import split
 from quaver.partial import partial_folder
 from quaver.provenance import Provenance
 from random_model import random_checkpoint
@@ -49,16 +52,26 @@ def command(model: Path, out: Path, asked: argparse.Namespace) -> list[str]:
     """The command line that quantizes ``model`` to ``out``."""
     size = ("--samples", asked.samples, "--positions", asked.positions)
     told = ("quantize", model, "-o", out, "--device", asked.device, *size, "--json")
-    return [sys.executable, "-m", "quaver", *map(str, told)]
+    return [sys.executable, "-X", "faulthandler", "-m", "quaver", *map(str, told)]
 
 
-def quantized(line: Sequence[str]) -> dict[str, Any]:
-    """The verb's own report, and the seconds that the whole process took."""
+def quantized(line: Sequence[str], limit_s: float | None = None) -> dict[str, Any]:
+    """The verb's own report, and the seconds that the whole process took.
+
+    Raises QuaverError where it fails, or has not ended after ``limit_s``: then it says on stderr where it was.
+    """
     start = time.perf_counter()
-    done = subprocess.run(line, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise QuaverError(f"{' '.join(line)} ended with {done.returncode}: what it says is above")
-    report: dict[str, Any] = json.loads(done.stdout)
+    with subprocess.Popen(line, stdout=subprocess.PIPE) as running:
+        try:
+            printed, _ = running.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            # Python's fault handler takes it: every thread's stack, then the end.
+            running.send_signal(signal.SIGABRT)
+            running.wait()
+            raise QuaverError(f"stopped after {limit_s:.0f} s: how far it came, and where it was, is above") from None
+    if running.returncode:
+        raise QuaverError(f"{' '.join(line)} ended with {running.returncode}: what it says is above")
+    report: dict[str, Any] = json.loads(printed)
     return {**report, "process_s": time.perf_counter() - start}
 
 
@@ -88,11 +101,11 @@ def machine(device: str) -> str:
 def summary(result: dict[str, Any]) -> str:
     """The figures as one line."""
     report = result["report"]
-    split = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items())
     gpu = "" if report["device_bytes"] is None else f"GPU {report['device_bytes'] / 1e9:.2f} GB, "
+    total_s = sum(report["seconds"].values())
     line = (
         f"{result['shape']}, {result['n_layers']} layers, {report['n_utterances']} utterances, "
-        f"{report['n_positions']} positions on {result['machine']}: {sum(report['seconds'].values()):.1f} s ({split}), "
+        f"{report['n_positions']} positions on {result['machine']}: {total_s:.1f} s ({split(report['seconds'])}), "
         f"the process {report['process_s']:.1f} s; at most {gpu}host {report['host_bytes'] / 1e9:.2f} GB; "
         f"weights made in {result['making_s']:.1f} s"
     )
@@ -112,6 +125,7 @@ def main() -> int:
     parser.add_argument("--positions", type=int, default=512)
     parser.add_argument("--layers", type=int, help="talker layers, if not all")
     parser.add_argument("--kill", action="store_true", help="also kill a run half-way and compare the bytes")
+    parser.add_argument("--limit-s", type=float, help="stop a run after so many seconds, and say where it was")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, and the line on stderr")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +135,7 @@ def main() -> int:
     out = asked.out / "int4"
     for old in (out, partial_folder(out)):
         shutil.rmtree(old, ignore_errors=True)
-    report = quantized(command(model, out, asked))
+    report = quantized(command(model, out, asked), asked.limit_s)
     result: dict[str, Any] = {
         "shape": asked.shape, "n_layers": len(report["layers"]), "machine": machine(asked.device),
         "making_s": making_s, "report": report, "seal": Provenance.read(out).seal,
@@ -129,7 +143,7 @@ def main() -> int:
     if asked.kill:
         shutil.rmtree(out)
         result["killed_after"] = killed(command(model, out, asked), out, max(1, result["n_layers"] // 2))
-        result["resumed"] = quantized(command(model, out, asked))
+        result["resumed"] = quantized(command(model, out, asked), asked.limit_s)
         if Provenance.read(out).seal != result["seal"]:
             raise QuaverError(f"{out}: the run that was killed came to other bytes than the one that was not")
     if asked.json:

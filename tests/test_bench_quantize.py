@@ -25,6 +25,16 @@ def test_a_killed_run_is_measured_and_compared(monkeypatch, capsys, toy_folder, 
     assert "gone on in" in printed.err
 
 
+def test_a_run_that_takes_too_long_says_where_it_was(monkeypatch, capfd, toy_folder, tmp_path):
+    asked = bench.argparse.Namespace(device="cpu", samples=500, positions=500)
+    line = bench.command(toy_folder, tmp_path / "out", asked)
+    with pytest.raises(QuaverError, match="stopped after 6 s"):
+        bench.quantized(line, 6)
+    said = capfd.readouterr().err
+    assert "Fatal Python error: Aborted" in said
+    assert "most recent call first" in said
+
+
 def test_another_model_in_its_place_is_refused(tmp_path):
     toy.checkpoint(tmp_path / "model")
     with pytest.raises(QuaverError, match="holds another model"):
