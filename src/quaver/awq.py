@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -490,5 +491,10 @@ def _key(
         "version of quaver": metadata.version("quaver"),
         # A sum of floats depends on who adds them up.
         "version of PyTorch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": _gpu(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
     }
+
+
+def _gpu(device: torch.device) -> str:
+    """What computes there: the device, and whose kernels."""
+    return torch.cuda.get_device_name(device) + (" with Triton" if find_spec("triton") is not None else "")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from quaver.int4 import GROUP, LEVELS, Int4Weight, representable
 from quaver.meter import Clock
 from quaver.model.layers import GROUPS, DecoderLayer, Group
-from quaver.recorded import Recorded
+from quaver.recorded import Function, Recorded
 
 _EXPONENTS = tuple(index / 20 for index in range(20))
 _CLIPS = tuple(1 - 0.025 * index for index in range(20))
@@ -109,11 +110,12 @@ def compensated(weight: Tensor, second: Tensor, grid: Int4Weight, feedback: Feed
     """
     order, inverse = feedback.order, feedback.inverse
     left, values = weight[:, order], torch.empty_like(grid.values)
+    compensate, _ = _blocks(on_gpu=weight.is_cuda)
     for start in range(0, weight.shape[1], GROUP):
         end = start + GROUP
         groups, own = order[start:end] // GROUP, inverse[start:end, start:end]
         scales, zeros = grid.scales[:, groups], grid.zeros[:, groups].float()
-        levels, errors = _COMPENSATE(left[:, start:end], scales, zeros, own)
+        levels, errors = compensate(left[:, start:end], scales, zeros, own)
         values[:, start:end] = levels.to(values.dtype)
         left[:, end:] -= errors @ inverse[start:end, end:]
     del left
@@ -148,13 +150,14 @@ def settled(weight: Tensor, second: Tensor, found: Int4Weight, n_rounds: int = _
     power = moment.diagonal().clamp(min=_TINY)
     values = found.values[:, order].float()
     slope = (found.dequantize()[:, order] - weight[:, order]) @ moment
+    _, settle = _blocks(on_gpu=weight.is_cuda)
     for _ in range(n_rounds):
         moved = False
         for start in range(0, weight.shape[1], GROUP):
             end = start + GROUP
             groups, own = order[start:end] // GROUP, moment[start:end, start:end]
             scales, zeros = found.scales[:, groups], found.zeros[:, groups].float()
-            levels, steps = _SETTLE(values[:, start:end], slope[:, start:end], scales, zeros, own, power[start:end])
+            levels, steps = settle(values[:, start:end], slope[:, start:end], scales, zeros, own, power[start:end])
             values[:, start:end] = levels
             slope += steps @ moment[start:end]
             moved = moved or bool(steps.any())
@@ -182,6 +185,15 @@ def _settled_block(
 
 
 _SETTLE = Recorded(_settled_block)
+
+
+def _blocks(*, on_gpu: bool) -> tuple[Function, Function]:
+    """What compensates a block and what settles one: a kernel each on a GPU with Triton, else steps input by input."""
+    if on_gpu and find_spec("triton") is not None:
+        from quaver.kernels import rounding
+
+        return rounding.compensate, rounding.settle
+    return _COMPENSATE, _SETTLE
 
 
 def better_rows(weight: Tensor, second: Tensor, first: Int4Weight, *others: Int4Weight) -> Int4Weight:
