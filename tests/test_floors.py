@@ -26,7 +26,7 @@ FLOORS = (
         "plots",
     ),
     ("sampling", "int4", "int8", "recorded", "model"),
-    ("kernels", "frame", "guard", "ledger", "runtime", "take", "engine"),
+    ("kernels", "frame", "guard", "ledger", "runtime", "batch", "take", "engine"),
     (
         "plan",
         "card",

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quaver import corpus, recorded
-from quaver.awq_search import GroupReport, LayerSearch, Moment, search_layer
+from quaver.awq_search import GroupReport, LayerSearch, Moment, in_one_kernel, search_layer
 from quaver.checkpoint import Checkpoint, Edit
 from quaver.config import ModelConfig
 from quaver.corpus import Item, Progress
@@ -491,10 +490,6 @@ def _key(
         "version of quaver": metadata.version("quaver"),
         # A sum of floats depends on who adds them up.
         "version of PyTorch": torch.__version__,
-        "device": _gpu(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "way of rounding": "in one kernel" if in_one_kernel(on_gpu=on_gpu) else "in small steps",
     }
-
-
-def _gpu(device: torch.device) -> str:
-    """What computes there: the device, and whose kernels."""
-    return torch.cuda.get_device_name(device) + (" with Triton" if find_spec("triton") is not None else "")

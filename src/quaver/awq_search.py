@@ -187,9 +187,14 @@ def _settled_block(
 _SETTLE = Recorded(_settled_block)
 
 
+def in_one_kernel(*, on_gpu: bool) -> bool:
+    """Whether a block is rounded in one kernel: then its sums are rounded once less than in steps input by input."""
+    return on_gpu and find_spec("triton") is not None
+
+
 def _blocks(*, on_gpu: bool) -> tuple[Function, Function]:
-    """What compensates a block and what settles one: a kernel each on a GPU with Triton, else steps input by input."""
-    if on_gpu and find_spec("triton") is not None:
+    """What compensates a block, and what settles one."""
+    if in_one_kernel(on_gpu=on_gpu):
         from quaver.kernels import rounding
 
         return rounding.compensate, rounding.settle

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 import toy
 from quaver import int4
+from quaver.batch import Graphed
 from quaver.checkpoint import Checkpoint
-from quaver.engine import Engine, Graphed, Knobs
+from quaver.engine import Engine, Knobs
 from quaver.int4 import GROUP, Int4Weight, Lanes, representable
 from quaver.model.layers import Rotary
 from quaver.model.tts import TTS, Utterance

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import toy
-from quaver import engine
+from quaver import batch
 from quaver.engine import Engine, Knobs
 from quaver.meter import Clock
 from quaver.model.tts import TTS, Utterance
@@ -39,8 +39,7 @@ def wide(tmp_path_factory):
 def spoken(tts, knobs, n_rows, **more):
     voice = Voice("v", torch.randn(512, generator=torch.Generator().manual_seed(0)))
     asked = [Utterance("word " * (1 + row % 7), "english", voice, seed=row) for row in range(n_rows)]
-    batch = Engine(tts, graphs=False, **more)
-    return batch.codes([tts.prompt(one) for one in asked], [one.seed for one in asked], knobs)
+    return Engine(tts, graphs=False, **more).codes([tts.prompt(one) for one in asked], [one.seed for one in asked], knobs)
 
 
 @pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
@@ -51,7 +50,7 @@ def test_a_recorded_predictor_says_the_same_codes(wide, dtype, knobs, monkeypatc
         plain = spoken(stays, knobs, n_rows)
         recorded = spoken(visits, knobs, n_rows, clock=Clock(visits.device))
         with monkeypatch.context() as plainly:
-            plainly.setattr(engine, "Recorded", lambda fn: fn)
+            plainly.setattr(batch, "Recorded", lambda fn: fn)
             visited = spoken(visits, knobs, n_rows)
         for one, two, three in zip(plain, visited, recorded, strict=True):
             assert torch.equal(one, two)
