@@ -17,6 +17,7 @@ import soundfile
 import toy
 from quaver import audio, cli, judge
 from quaver.audio import Audio
+from quaver.cli import shell
 from quaver.int4 import Int4Linear
 from quaver.model.tts import TTS
 
@@ -258,7 +259,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(toy_folder, re
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert running.stderr is not None
-    assert b"encoding recordings: 400/400" in running.stderr.readline()
+    assert any(b"encoding recordings: 400/400" in line for line in running.stderr)
     # Once they are kept, the search over the layers is next.
     while not list(tmp_path.glob(".out.partial/calibration.*.safetensors")):
         assert running.poll() is None
@@ -302,3 +303,21 @@ def test_say_tells_of_speech_that_never_ends(capsys, toy_folder, recording, tmp_
     assert code == 2 and "cannot be tried again" in told
     code, _, told = run(capsys, *spoken, "--retries", "-1")
     assert code == 2 and "retries is -1" in told
+
+
+def test_a_log_has_a_line_now_and_then_and_a_kind_begins_where_the_last_ended(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(shell, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    progress = shell.Progress()
+    for second, event in ((4, ("one", 1, 2)), (9, ("one", 2, 2)), (29, ("two", 1, 3)), (31, ("two", 2, 3))):
+        now = second
+        progress(*event)
+    progress.tell("a line")
+    now = 40.0
+    progress("two", 3, 3)
+    assert capsys.readouterr().err.splitlines() == [
+        "one: 2/2 (9 s)",
+        "two: 1/3 (20 s, 40 s left)",
+        "a line",
+        "two: 3/3 (31 s)",
+    ]

@@ -39,7 +39,9 @@ def wide(tmp_path_factory):
 def spoken(tts, knobs, n_rows, **more):
     voice = Voice("v", torch.randn(512, generator=torch.Generator().manual_seed(0)))
     asked = [Utterance("word " * (1 + row % 7), "english", voice, seed=row) for row in range(n_rows)]
-    return Engine(tts, graphs=False, **more).codes([tts.prompt(one) for one in asked], [one.seed for one in asked], knobs)
+    return Engine(tts, graphs=False, **more).codes(
+        [tts.prompt(one) for one in asked], [one.seed for one in asked], knobs
+    )
 
 
 @pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
