@@ -25,7 +25,7 @@ FLOORS = (
         "report",
         "plots",
     ),
-    ("sampling", "int4", "int8", "recorded", "model"),
+    ("sampling", "compiled", "int4", "int8", "recorded", "model"),
     ("kernels", "frame", "guard", "ledger", "runtime", "batch", "take", "engine"),
     (
         "plan",

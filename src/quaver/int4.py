@@ -8,8 +8,11 @@ they are. This module is the only place that decides how an INT4 product is comp
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +59,15 @@ def representable(scales: Tensor) -> Tensor:
     smallest, largest = 2.0**-24, 65280.0
     # Rounding to bfloat16 leaves 8 bits; where float16 is subnormal, rounding again leaves fewer: both then hold it.
     return scales.float().clamp(smallest, largest).bfloat16().half().float()
+
+
+@cache
+def compiled() -> ModuleType | None:
+    """``quaver.compiled``, which computes with quantized weights on a CPU; None where numba is not installed."""
+    try:
+        return importlib.import_module("quaver.compiled")
+    except ImportError:
+        return None
 
 
 def require_shape(name: str, n_out: int, n_in: int) -> None:
@@ -156,9 +168,9 @@ class Int4Linear(nn.Module):
 
     Until ``prepare`` it holds the stored tensors and multiplies by the exact weight: the reference. ``hold`` makes it
     a view of a fused weight in the GPU's layout. Prepared for a CPU it holds one other layout instead, half a byte a
-    weight: bfloat16 activations go through PyTorch's int4 operator, others through float32 tiles of the exact weight.
-    The operator takes float32 too, but as scalar code, some 20 times slower than its bfloat16, and with up to 9 times
-    the rounding error of a matrix product: it sums a row in turn.
+    weight: bfloat16 activations go through ``compiled``, where numba is installed, or through PyTorch's int4 operator,
+    others through float32 tiles of the exact weight. The operator takes float32 too, but as scalar code, some 20 times
+    slower than its bfloat16, and with up to 9 times the rounding error of a matrix product: it sums a row in turn.
     """
 
     qweight: Tensor | None
@@ -195,7 +207,8 @@ class Int4Linear(nn.Module):
         if stored[0].device.type != "cpu":
             return
         weight = Int4Weight.read(*stored)
-        self._kernel = _Operator(weight) if _Operator.fits(weight, dtype) else _Tiles(weight)
+        exact = compiled() is not None or not _Operator.fits(weight, dtype)
+        self._kernel = _Tiles(weight) if exact else _Operator(weight)
         self.qweight = self.qzeros = self.scales = None
 
     def lanes(self) -> Lanes:
@@ -207,6 +220,12 @@ class Int4Linear(nn.Module):
             return Lanes.of(Int4Weight.read(*stored))
         assert isinstance(self._kernel, _Tiles), "PyTorch's operator keeps no exact weight"
         return Lanes.of(self._kernel.weight())
+
+    def halves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Its weight in the CPU's exact layout: packed, zeros, scales. Raises TypeError where it is in another one."""
+        if not isinstance(self._kernel, _Tiles):
+            raise TypeError("this weight is not prepared for a CPU, or for PyTorch's operator")
+        return self._kernel.held
 
     def hold(self, lanes: Lanes) -> None:
         """Multiplies by ``lanes``, its own weight, from now on, and lets the stored tensors go."""
@@ -262,7 +281,10 @@ class _Operator:
 
 
 class _Tiles:
-    """Exact float32 weights made tile by tile of output rows, each multiplied while it is in the cache."""
+    """The exact weight in the layout of ``compiled``, which multiplies it by bfloat16 where numba is installed.
+
+    For other activations float32 weights are made tile by tile of rows, each multiplied while it is in the cache.
+    """
 
     def __init__(self, weight: Int4Weight) -> None:
         halves = weight.values.reshape(*weight.zeros.shape, 2, GROUP // 2)
@@ -277,10 +299,15 @@ class _Tiles:
         return Int4Weight(halves.flatten(1), self.zeros, self.scales.float())
 
     def __call__(self, x: Tensor) -> Tensor:
+        module = compiled() if x.dtype == torch.bfloat16 else None
+        if module is not None:
+            stored = module.matrix(module.INT4, self.packed, self.scales, self.zeros)
+            y: Tensor = module.product(x, stored, len(self.zeros))
+            return y
         n_out, n_groups, half = self.packed.shape
         n_rows = max(1, _TILE // (n_groups * GROUP))
         wide = x.float()
-        y = wide.new_empty(len(x), n_out)
+        made = wide.new_empty(len(x), n_out)
         tile = wide.new_empty(min(n_rows, n_out), n_groups, 2, half)
         for start in range(0, n_out, n_rows):
             rows = slice(start, start + n_rows)
@@ -290,5 +317,5 @@ class _Tiles:
             part[:, :, 1] = packed >> 4
             weight = part.view(len(packed), n_groups, GROUP)
             weight.sub_(self.zeros[rows, :, None].float()).mul_(self.scales[rows, :, None].float())
-            y[:, rows] = wide @ weight.view(len(packed), -1).T
-        return y.to(x.dtype)
+            made[:, rows] = wide @ weight.view(len(packed), -1).T
+        return made.to(x.dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from quaver.checkpoint import Spec
+from quaver.int4 import compiled
 from quaver.model.codec import kept_in_half
 from quaver.model.filling import PACKED_SUFFIXES, Place
 
@@ -67,8 +68,9 @@ def memory_bytes(
                 # The layout for kernels has a byte for each.
                 sizes[name] = 2 * spec.n_bytes
             elif device.type == "cpu" and name.endswith((".qzeros", ".scales")):
-                # The CPU's layout folds the zero points into a second row of scales.
-                sizes[name] = 0 if name.endswith(".qzeros") else 2 * spec.n_bytes
+                # Compiled, zero points take a byte each; PyTorch's operator has them in a second row of scales.
+                in_zeros, in_scales = (2, 1) if compiled() is not None else (0, 2)
+                sizes[name] = spec.n_bytes * (in_zeros if name.endswith(".qzeros") else in_scales)
             elif becomes is None or not spec.dtype.is_floating_point or name.endswith(PACKED_SUFFIXES):
                 sizes[name] = spec.n_bytes
             else:

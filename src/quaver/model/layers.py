@@ -8,6 +8,7 @@ rotary positions, SiLU-gated MLP), as in the official Qwen3-TTS code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +80,14 @@ class Rotary:
 class KVCache:
     """Keys and values of every layer, allocated once: [L, B, H, C, d] each.
 
-    Each row of the batch has its own length: rows of different prompts decode side by side.
+    Each row of the batch has its own length: rows of different prompts decode side by side. On a CPU they are float32,
+    whatever the model computes in: over 300 positions attention in bfloat16 takes eight times as long there.
     """
 
     def __init__(self, config: DecoderConfig, batch: int, capacity: int, like: Tensor) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        dtype = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
+        self.keys, self.values = like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
         everywhere = torch.arange(capacity, device=like.device)[None]
         self._rotary = Rotary.at(everywhere, config.head_dim, config.rope_theta, like.dtype)
@@ -163,8 +166,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(layer, k, v)
         causal = mask is None and n > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
-        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, n, -1))
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, n, -1).to(x.dtype))
         return out
 
 
@@ -200,6 +203,16 @@ class DecoderLayer(nn.Module):
         return out
 
 
+class Steps(Protocol):
+    """Another way through a Decoder's layers, for few positions at once."""
+
+    def takes(self, x: Tensor, cache: KVCache | None, lengths: Tensor | None) -> bool:
+        """Whether it is the way for ``x`` [B, T, D]."""
+
+    def __call__(self, x: Tensor, cache: KVCache) -> Tensor:
+        """See Decoder.forward."""
+
+
 class Decoder(nn.Module):
     """A causal stack of decoder layers and its last norm; the talker and the predictor add their embeddings."""
 
@@ -208,6 +221,7 @@ class Decoder(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.stepper: Steps | None = None
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """The rotary tables of ``positions`` [B or 1, T]."""
@@ -220,6 +234,8 @@ class Decoder(nn.Module):
         later one. With a cache they go on from it; ``lengths`` [B] is how many of the T positions each row keeps.
         """
         n = x.shape[1]
+        if cache is not None and self.stepper is not None and self.stepper.takes(x, cache, lengths):
+            return self.stepper(x, cache)
         if cache is None:
             rotary, mask = self.rotary(torch.arange(n, device=x.device)[None], x.dtype), None
         else:

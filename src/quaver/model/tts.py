@@ -29,6 +29,7 @@ from quaver.model.filling import fill
 from quaver.model.homes import ENCODER, HELD, LAYERS, TEXT_EMBEDDING, Placement, default_dtype, homes, layers_bytes
 from quaver.model.sparing import lent
 from quaver.model.speaker import SpeakerEncoder
+from quaver.model.stepper import attach
 from quaver.model.talker import Talker
 from quaver.model.visiting import Visiting
 from quaver.sampling import Sampling
@@ -207,6 +208,9 @@ class TTS:
                 module.prepare(model.talker.codec_head.weight.dtype)
             elif isinstance(module, Int8Embedding):
                 module.dtype = model.talker.codec_head.weight.dtype
+        if not visits:
+            attach(model.talker.model)
+            attach(model.talker.code_predictor.model)
         _check_kept(model.talker.model.text_embedding, checkpoint)
         if placement.tables_on_host and device.type == "cuda":
             for table in model.talker.code_tables():
