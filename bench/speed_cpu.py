@@ -41,6 +41,7 @@ OURS = {
     "bfloat16": ("plain", "bfloat16"),
     "INT4, PyTorch's operators": ("int4", "operators"),
     "INT4": ("int4", "stored"),
+    "INT4, predictor INT8": ("compact", "stored"),
     "INT4, predictor INT4, PyTorch's operators": ("both", "operators"),
     "INT4, predictor INT4": ("both", "stored"),
 }
@@ -110,13 +111,15 @@ def official(folder: Path, dtype: str, n_frames: int) -> Row:
 
 
 def models(folder: Path, config: Path, codec_config: Path) -> dict[str, Path]:
-    """The random model, with its talker in INT4, and with its code predictor in INT4 too."""
+    """The random model, with its talker in INT4, and with its code predictor in INT8 or INT4 too."""
     from torch import Tensor
 
     from quaver import awq
     from quaver.awq_search import nearest
     from quaver.checkpoint import Checkpoint
+    from quaver.int8 import Int8Weight
     from quaver.provenance import Step
+    from quaver.recipe import PREDICTOR
     from random_model import random_checkpoint
 
     settings, codec = json.loads(config.read_text()), json.loads(codec_config.read_text())
@@ -142,6 +145,15 @@ def models(folder: Path, config: Path, codec_config: Path) -> dict[str, Path]:
 
         changes = {"quantization_config": awq.settings(kept_parts)}
         found[name] = Checkpoint.open(found["plain"]).edit(Step("round"), rounded, changes).save(folder / name).path
+
+    def eighth(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if not name.startswith(f"{PREDICTOR}.") or tensor.dim() != 2:
+            return {name: tensor}
+        module = name.removesuffix(".weight")
+        return {f"{module}.{kind}": value for kind, value in Int8Weight.nearest(tensor).tensors().items()}
+
+    changes = {"quaver": {"version": 1, "int8": [PREDICTOR]}}
+    found["compact"] = Checkpoint.open(found["int4"]).edit(Step("round"), eighth, changes).save(folder / "compact").path
     return found
 
 

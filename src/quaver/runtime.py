@@ -18,6 +18,7 @@ from quaver.config import FRAME_RATE_HZ, CodecDecoderConfig, DecoderConfig, Mode
 from quaver.errors import BudgetError
 from quaver.ledger import megabytes
 from quaver.model.homes import ENCODER, HELD, SPEAKER, TEXT_EMBEDDING, Placement, default_dtype, memory_bytes
+from quaver.model.layers import cache_dtype
 from quaver.model.sparing import PART
 
 PLACEMENTS = (
@@ -119,12 +120,11 @@ def weigh(
     )
     weights = [Line(a.name, a.memory_bytes, b.memory_bytes) for a, b in zip(here, there, strict=True)]
     talker, predictor = config.talker_config, config.talker_config.code_predictor_config
+    one_frame = Request(talker.num_code_groups, 0, request.n_rows)
     held = [
         *(line for line in weights if line.device_bytes or line.host_bytes),
-        Line(f"cache of {request.n_positions:,} positions", _cache_bytes(talker, request, computed)),
-        Line(
-            "cache of one frame", _cache_bytes(predictor, Request(talker.num_code_groups, 0, request.n_rows), computed)
-        ),
+        Line(f"cache of {request.n_positions:,} positions", _cache_bytes(talker, request, device, computed)),
+        Line("cache of one frame", _cache_bytes(predictor, one_frame, device, computed)),
         Line("text, codes and knobs", _slots_bytes(config, request, computed)),
         Line("state of the codec", request.n_rows * _stream_bytes(codec)),
     ]
@@ -135,7 +135,7 @@ def weigh(
             held.append(Line("projected embeddings", 0 if lent else projected, projected if lent else 0))
         held.append(Line("room of the libraries", _LIBRARIES_BYTES))
     moments = (
-        Line(f"a prompt of {request.n_prompt} positions", _prompt_bytes(config, request, computed)),
+        Line(f"a prompt of {request.n_prompt} positions", _prompt_bytes(config, request, device, computed)),
         Line(f"sound of {_CHUNK} frames", request.n_rows * _sound_bytes(codec)),
     )
     return Runtime(checkpoint.path.name, str(device), request, placement, tuple(held), moments)
@@ -205,11 +205,11 @@ def _on_host(
     return found
 
 
-def _cache_bytes(config: DecoderConfig, request: Request, dtype: torch.dtype) -> int:
+def _cache_bytes(config: DecoderConfig, request: Request, device: torch.device, dtype: torch.dtype) -> int:
     """Keys and values, and the turns of every position."""
     n_positions = request.n_positions if request.n_prompt else request.n_frames
     values = 2 * config.num_hidden_layers * request.n_rows * config.num_key_value_heads * n_positions * config.head_dim
-    return (values + n_positions * config.head_dim) * dtype.itemsize
+    return values * cache_dtype(device, dtype).itemsize + n_positions * config.head_dim * dtype.itemsize
 
 
 def _slots_bytes(config: ModelConfig, request: Request, dtype: torch.dtype) -> int:
@@ -241,10 +241,10 @@ def _stream_bytes(codec: CodecDecoderConfig) -> int:
     return 4 * (codec.num_hidden_layers * window + units + 16 * codec.latent_dim)
 
 
-def _prompt_bytes(config: ModelConfig, request: Request, dtype: torch.dtype) -> int:
+def _prompt_bytes(config: ModelConfig, request: Request, device: torch.device, dtype: torch.dtype) -> int:
     """A prompt's own cache and activations, and the part of an INT4 weight that is made dense for it."""
     talker = config.talker_config
-    cache = _cache_bytes(talker, Request(request.n_prompt, 0), dtype)
+    cache = _cache_bytes(talker, Request(request.n_prompt, 0), device, dtype)
     wide = request.n_prompt * (3 * talker.intermediate_size + 8 * talker.hidden_size) * dtype.itemsize
     dense = 6 * PART if config.quantization_config is not None else 0
     return cache + wide + dense

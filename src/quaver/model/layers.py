@@ -77,16 +77,23 @@ class Rotary:
         return x * self.cos + torch.cat((-right, left), dim=-1) * self.sin
 
 
+def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are kept in by a model that computes in ``dtype``.
+
+    On a CPU float32 in bfloat16's place: over 300 positions attention in bfloat16 takes eight times as long there.
+    """
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
+
+
 class KVCache:
     """Keys and values of every layer, allocated once: [L, B, H, C, d] each.
 
-    Each row of the batch has its own length: rows of different prompts decode side by side. On a CPU they are float32,
-    whatever the model computes in: over 300 positions attention in bfloat16 takes eight times as long there.
+    Each row of the batch has its own length: rows of different prompts decode side by side.
     """
 
     def __init__(self, config: DecoderConfig, batch: int, capacity: int, like: Tensor) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        dtype = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
+        dtype = cache_dtype(like.device, like.dtype)
         self.keys, self.values = like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
         everywhere = torch.arange(capacity, device=like.device)[None]
