@@ -157,6 +157,16 @@ def test_threads_change_nothing():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_one_thread_and_several_are_kept_apart_in_the_cache():
+    # They were not: a process of two threads ran what one of one thread had left, on one processor.
+    for alone, shared in (
+        (compiled._step_alone, compiled._step_shared),
+        (compiled._product_alone, compiled._product_shared),
+    ):
+        assert alone.py_func.__qualname__ != shared.py_func.__qualname__
+        assert alone.targetoptions["parallel"] is False and shared.targetoptions["parallel"] is not False
+
+
 def test_rows_of_different_lengths_step_side_by_side():
     made, _ = decoder_of(("int4", "int4"))
     attach(made)

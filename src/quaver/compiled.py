@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from threading import Lock
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -34,12 +35,15 @@ _LARGEST = 32767
 def _compiler(*, parallel: bool) -> Callable[[Any], Any]:
     """numba's decorator. Sums may be taken in any order, which lets them be taken in vectors."""
 
-    def compile_(function: Any) -> Any:
+    def compile_(function: FunctionType) -> Any:
         settings = {"fastmath": True, "boundscheck": False, "nogil": True, "parallel": parallel}
+        # numba's cache tells functions apart by name and line alone: one that is compiled in both ways needs two names.
+        named = FunctionType(function.__code__, function.__globals__, function.__name__)
+        named.__qualname__ = f"{function.__qualname__}_{'shared' if parallel else 'alone'}"
         try:
-            return numba.njit(cache=True, **settings)(function)
+            return numba.njit(cache=True, **settings)(named)
         except RuntimeError:  # There is no folder in which it could be kept.
-            return numba.njit(**settings)(function)
+            return numba.njit(**settings)(named)
 
     return compile_
 
