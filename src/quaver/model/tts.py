@@ -177,7 +177,8 @@ class TTS:
         ``sound_dtype``, by default float16 (float32 on a CPU); sound is computed in float32.
         Where the talker's layers take more than ``room_bytes``, they stay in their files and visit the device one after
         the other at each step, and the codec's decoder stays on the host: for codes, not for sound, in little memory.
-        The values are the same.
+        The values are the same, and those of PyTorch: with ``room_bytes`` nothing is compiled for the CPU, so that a
+        calibration does not depend on whether numba is installed.
         Weights stream: one tensor at a time, each checked once. Raises CheckpointError for a missing, left-over,
         mis-shaped or non-finite tensor, by name.
         """
@@ -208,7 +209,7 @@ class TTS:
                 module.prepare(model.talker.codec_head.weight.dtype)
             elif isinstance(module, Int8Embedding):
                 module.dtype = model.talker.codec_head.weight.dtype
-        if not visits:
+        if room_bytes is None:
             attach(model.talker.model)
             attach(model.talker.code_predictor.model)
         _check_kept(model.talker.model.text_embedding, checkpoint)
