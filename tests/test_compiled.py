@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -215,6 +216,19 @@ def test_what_is_stored_otherwise_goes_through_pytorch(monkeypatch):
     monkeypatch.undo()
     attach(made.float())
     assert made.stepper is None
+
+
+def test_a_copy_has_its_own_weights():
+    made, _ = decoder_of(("int4", "bfloat16"))
+    attach(made)
+    again = copy.deepcopy(made)
+    assert again.stepper is None and made.stepper is not None
+    attach(again)
+    x = torch.randn(1, 8, made.config.hidden_size, generator=generator(9)).bfloat16()
+    wanted = stepped(made, x, 3)
+    for parameter in made.parameters():
+        parameter.data.zero_()
+    assert torch.equal(stepped(again, x, 3), wanted)
 
 
 def test_an_int4_checkpoint_speaks_by_steps(tmp_path, monkeypatch):

@@ -42,6 +42,10 @@ class Stepper:
         self._stack: Stack | None = None
         self._turns: Rotary | None = None
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy has weights of its own, elsewhere: it has no stepper until one is attached."""
+        return type(None), ()
+
     def takes(self, x: Tensor, cache: KVCache | None, lengths: Tensor | None) -> bool:
         """Whether it is the way for ``x`` [B, n, D]."""
         return cache is not None and lengths is None and x.dtype == torch.bfloat16 and x.shape[0] * x.shape[1] <= _MOST
