@@ -18,6 +18,7 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +28,47 @@ TEXT = "This is what it takes to be heard."
 Row = dict[str, Any]
 
 
-def official(folder: Path, device: str, dtype: torch.dtype, n_frames: int) -> Row:
-    """The official code, loaded as it loads itself: a frame is the time between two steps of the talker."""
+def official(folder: Path, device: str, dtype: torch.dtype, n_frames: int, note: Callable[[], None]) -> None:
+    """Speaks by the official code, loaded as it loads itself; ``note`` is called as each frame begins."""
+    if importlib.util.find_spec("torchaudio") is None:
+        # It imports torchaudio for a codec that is not used here.
+        for name in ("torchaudio", "torchaudio.compliance", "torchaudio.compliance.kaldi"):
+            stand_in = types.ModuleType(name)
+            stand_in.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
+            sys.modules[name] = stand_in
+    warnings.simplefilter("ignore")
     from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSForConditionalGeneration
     from transformers import Qwen2TokenizerFast
 
     model = Qwen3TTSForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
     spoken = f"<|im_start|>assistant\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor([Qwen2TokenizerFast.from_pretrained(folder)(spoken)["input_ids"]], device=device)
-    moments: list[float] = []
-    # The talker runs once a frame; generate looks at every code, so that the device is done by then.
-    model.talker.register_forward_pre_hook(lambda *_: moments.append(time.perf_counter()))
+    # The talker runs once for the prompt and once a frame; every code is looked at, so the device is done by then.
+    begun = itertools.count()
+    model.talker.register_forward_pre_hook(lambda *_: note() if next(begun) else None)
     model.generate(
         input_ids=[ids], instruct_ids=[None], ref_ids=[None], languages=["english"], non_streaming_mode=False,
         voice_clone_prompt=voice(model.config.talker_config.hidden_size, device, dtype), max_new_tokens=n_frames + 1,
     )  # fmt: skip
-    return spent(moments[1:])
 
 
-def faster(folder: Path, device: str, dtype: torch.dtype, n_frames: int) -> Row:
-    """faster-qwen3-tts with its graphs captured: a frame is the time between two steps of its predictor's graph."""
+def faster(folder: Path, device: str, dtype: torch.dtype, n_frames: int, note: Callable[[], None]) -> None:
+    """The same by faster-qwen3-tts; its graphs are captured, and woken by two frames, before."""
     from faster_qwen3_tts import FasterQwen3TTS
 
     model = FasterQwen3TTS.from_pretrained(str(folder), device=device, dtype=dtype)
     model.warmup()
     width = model.model.model.config.talker_config.hidden_size
-    moments: list[float] = []
     run = model.predictor_graph.run
 
     def noted(*args: Any, **named: Any) -> Any:
-        moments.append(time.perf_counter())
+        note()
         return run(*args, **named)
 
+    prompt = voice(width, device, dtype)
+    model.generate_voice_clone(TEXT, "english", voice_clone_prompt=prompt, max_new_tokens=2)
     model.predictor_graph.run = noted
-    for _ in range(2):
-        moments.clear()
-        model.generate_voice_clone(
-            TEXT, "english", voice_clone_prompt=voice(width, device, dtype), max_new_tokens=n_frames + 1
-        )
-    return spent(moments)
+    model.generate_voice_clone(TEXT, "english", voice_clone_prompt=prompt, max_new_tokens=n_frames + 1)
 
 
 def voice(width: int, device: str, dtype: torch.dtype) -> Row:
@@ -95,16 +98,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--frames", type=int, default=100)
     asked = parser.parse_args()
-    if importlib.util.find_spec("torchaudio") is None:
-        # The official code imports it for a codec that is not used here.
-        for name in ("torchaudio", "torchaudio.compliance", "torchaudio.compliance.kaldi"):
-            stand_in = types.ModuleType(name)
-            stand_in.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
-            sys.modules[name] = stand_in
-    warnings.simplefilter("ignore")
     run = official if asked.which == "official" else faster
+    moments: list[float] = []
     with torch.inference_mode():
-        print(json.dumps(run(asked.folder, asked.device, getattr(torch, asked.dtype), asked.frames)))
+        run(
+            asked.folder, asked.device, getattr(torch, asked.dtype), asked.frames,
+            lambda: moments.append(time.perf_counter()),
+        )  # fmt: skip
+    print(json.dumps(spent(moments)))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def replayed(weights: Weights, batch: int, n_frames: int, way: str) -> Row:
     found: Row = {}
     start_s = time.perf_counter()
     frame = FrameGraph(weights, batch, 512, 64, overlap=way == "graph overlap", whole=way == "whole")
-    if way == "whole" and frame.kernel() is None:
+    if way == "whole" and not frame.whole:
         return {"not here": "the one kernel does not fit this GPU or this batch"}
     found["build_s"] = time.perf_counter() - start_s
     n_frames = min(n_frames, 400)
@@ -162,13 +162,7 @@ def replayed(weights: Weights, batch: int, n_frames: int, way: str) -> Row:
             frame.join(slot, prompt, slot, knobs.sampling, knobs.residual)
         for _ in range(5):
             frame.step()
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        first.record()
-        for _ in range(n_frames):
-            frame.step()
-        last.record()
-        torch.cuda.synchronize()
-        found[f"{name}_ms"] = first.elapsed_time(last) / n_frames
+        found[f"{name}_ms"] = device_ms(frame.step, n_frames)
         found[f"{name}_alive"] = int(frame.slots.alive.sum())
     return found
 
@@ -231,15 +225,14 @@ def time_line(weights: Weights) -> list[Row]:
     for _ in range(config.num_hidden_layers):
         names += [f"talker {stage}" for stage in (*stages[:3], "join", *stages[3:])]
     found: dict[str, Row] = {}
-    for name, (before, *_, waited), (after, _, then, _) in zip(
-        names[1:], ((m[0], m[1], m[3], m[2]) for m in moments), moments[1:], strict=False
-    ):
+    # A moment: cycles, which, cycles waited for weights so far, nanoseconds.
+    for name, before, after in zip(names[1:], moments, moments[1:], strict=False):
         row = found.setdefault(name, {"stage": name, "n": 0, "cycles": 0, "waited for weights": 0})
         row["n"] += 1
-        row["cycles"] += after - before
-        row["waited for weights"] += then - waited
-    n_moments = len(names)
-    cycles, ns = moments[n_moments - 1][0] - moments[0][0], moments[n_moments - 1][3] - moments[0][3]
+        row["cycles"] += after[0] - before[0]
+        row["waited for weights"] += after[2] - before[2]
+    end = moments[len(names) - 1]
+    cycles, ns = end[0] - moments[0][0], end[3] - moments[0][3]
     whole = {"stage": "frame", "n": 1, "cycles": cycles, "us": ns / 1e3, "ghz": cycles / max(ns, 1)}
     return [whole, *found.values()]
 
@@ -290,10 +283,15 @@ def graph_ms(run: Callable[[], None], n: int = 50) -> float:
     with torch.cuda.graph(graph):
         run()
     graph.replay()
+    return device_ms(graph.replay, n)
+
+
+def device_ms(run: Callable[[], None], n: int) -> float:
+    """The milliseconds of one of ``n`` runs in a row, as the device counts them."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     first.record()
     for _ in range(n):
-        graph.replay()
+        run()
     last.record()
     torch.cuda.synchronize()
     return float(first.elapsed_time(last)) / n

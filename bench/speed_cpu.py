@@ -22,18 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
-import warnings
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-TEXT = "The ferry leaves at six and the harbour is quiet."
+import others
+
 FRAME_MS = 80
 Row = dict[str, Any]
 OURS = {
@@ -64,7 +61,10 @@ def ours(folder: Path, how: str, n_frames: int) -> Row:
     tts = TTS.load(folder, dtype=None if how in ("stored", "operators") else getattr(torch, how))
     width = tts.config.talker_config.hidden_size
     voice = Voice(name="x", speaker=torch.randn(width, generator=torch.Generator().manual_seed(5)))
-    prompt, knobs = tts.prompt(Utterance(TEXT, "english", voice)), Knobs(Sampling(), Sampling(penalty=1.0), n_frames)
+    prompt, knobs = (
+        tts.prompt(Utterance(others.TEXT, "english", voice)),
+        Knobs(Sampling(), Sampling(penalty=1.0), n_frames),
+    )
     # What is compiled is compiled, or read from its cache, before it is timed.
     for _ in Engine(tts).frames([prompt], [0], Knobs(knobs.sampling, knobs.residual, 2)):
         pass
@@ -76,38 +76,15 @@ def ours(folder: Path, how: str, n_frames: int) -> Row:
 
 
 def official(folder: Path, dtype: str, n_frames: int) -> Row:
-    """The frames of the official code, loaded as it loads itself."""
-    if find_spec("torchaudio") is None:
-        # It imports torchaudio for a codec that is not used here.
-        for name in ("torchaudio", "torchaudio.compliance", "torchaudio.compliance.kaldi"):
-            stand_in = types.ModuleType(name)
-            stand_in.__spec__ = ModuleSpec(name, loader=None)
-            sys.modules[name] = stand_in
-    warnings.simplefilter("ignore")
-    from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSForConditionalGeneration
-    from transformers import Qwen2TokenizerFast
-
-    model = Qwen3TTSForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    width = model.config.talker_config.hidden_size
-    spoken = f"<|im_start|>assistant\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
-    ids = torch.tensor([Qwen2TokenizerFast.from_pretrained(folder)(spoken)["input_ids"]])
+    """The frames of the official code (see others.py)."""
     wall, cpu = [], []
 
-    def note(*_: Any) -> None:
+    def note() -> None:
         wall.append(time.perf_counter())
         cpu.append(time.process_time())
 
-    # The talker runs once a frame, and the code predictor before it does again.
-    model.talker.register_forward_pre_hook(note)
-    model.generate(
-        input_ids=[ids], instruct_ids=[None], ref_ids=[None], languages=["english"], non_streaming_mode=False,
-        voice_clone_prompt={
-            "ref_spk_embedding": [torch.randn(width, generator=torch.Generator().manual_seed(5))],
-            "ref_code": None, "x_vector_only_mode": [True], "icl_mode": [False],
-        },
-        max_new_tokens=n_frames + 1,
-    )  # fmt: skip
-    return spent(wall[1:], cpu[1:])
+    others.official(folder, "cpu", getattr(torch, dtype), n_frames, note)
+    return spent(wall, cpu)
 
 
 def models(folder: Path, config: Path, codec_config: Path) -> dict[str, Path]:

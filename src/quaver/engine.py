@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quaver import meter, runtime
+from quaver import meter, recorded, runtime
 from quaver.audio import Audio
 from quaver.batch import Batch, Frame, Graphed, Knobs, Rows
 from quaver.checkpoint import Checkpoint
@@ -95,7 +95,7 @@ class Engine:
         self.tts = tts
         self._clock = clock
         self._untried = untried
-        self._sound: CodecStream | None = None
+        self._sounds: list[CodecStream] = []
         # Kernels know plain weights and INT4.
         in_int8 = any(
             isinstance(module, Int8Linear | Int8Embedding)
@@ -135,8 +135,10 @@ class Engine:
         return Knobs(defaults.sampling, defaults.residual, defaults.max_frames)
 
     def release(self) -> None:
-        """Lets go of what is kept for the next request: caches and graphs. Weights stay."""
+        """Lets go of what is kept for the next request: caches, graphs, recordings. Weights stay."""
         self._idle.clear()
+        self._sounds.clear()
+        recorded.forget()
         if self.tts.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -289,12 +291,10 @@ class Engine:
                 yield Chunk(Audio(gap, rate_hz), 0)
 
     def _stream(self) -> CodecStream:
-        if not self._untried:
-            return self.tts.decoder.stream()
-        # What was recorded belongs to its stream.
-        self._sound = self._sound or self.tts.decoder.stream(recorded=True)
-        self._sound.reset()
-        return self._sound
+        """A stream at frame 0: an idle one, for what was recorded is its own, or a new one."""
+        stream = self._sounds.pop() if self._sounds else self.tts.decoder.stream(recorded=self._untried)
+        stream.reset()
+        return stream
 
     def _sentence(self, take: Take, frames: Iterable[Tensor], chunk_frames: int) -> Iterator[Chunk]:
         """One sentence's chunks. Its last 5 ms are held back until it is known whether they end it."""
@@ -325,6 +325,8 @@ class Engine:
             if n_sent == 0:
                 samples[:n_fade] *= ramp
             held = np.concatenate((held, samples))
+        if self._untried:
+            self._sounds.append(stream)
         held[-n_fade:] *= ramp[::-1]
         yield Chunk(Audio(held, rate_hz), len(waiting), take.reason)
 

@@ -6,8 +6,7 @@ one utterance: it has its own position, knobs, seed and end, so that utterances 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ class Weights:
 
     def __init__(self, tts: TTS, *, recorded: bool = False) -> None:
         talker, predictor = tts.talker, tts.talker.code_predictor
-        self._prefills: dict[int, Recorded] | None = {} if recorded and tts.device.type == "cuda" else None
+        self._recorded = Recorded(self._prompt) if recorded and tts.device.type == "cuda" else None
         # The modules outlive whatever inference mode this is called in.
         with torch.inference_mode(False), torch.no_grad():
             self.tts = tts
@@ -94,12 +93,11 @@ class Weights:
 
         With ``recorded``, prompts are filled up to a length that came before: nothing sees what stands behind it.
         """
-        n, n_filled = len(embeds), len(embeds)
-        run: Callable[[Tensor], tuple[Tensor, ...]] = self._prompt
-        if self._prefills is not None:
-            n_filled = -(-n // _FILLED) * _FILLED
-            run = self._prefills.setdefault(n_filled, Recorded(self._prompt))
-        hidden, keys, values = run(F.pad(embeds, (0, 0, 0, n_filled - n)))
+        n = len(embeds)
+        if self._recorded is None:
+            hidden, keys, values = self._prompt(embeds)
+        else:
+            hidden, keys, values = self._recorded(F.pad(embeds, (0, 0, 0, -n % _FILLED)))
         return hidden[n - 1], keys[:, :, :n], values[:, :, :n]
 
     def _prompt(self, embeds: Tensor) -> tuple[Tensor, ...]:
@@ -188,10 +186,10 @@ class FrameGraph:
         self._logits = table.new_zeros(n_slots, small.vocab_size)
         ramp = torch.arange(n_codebooks, dtype=torch.int32, device=table.device)
         self._past = ramp[:, None].repeat(1, n_slots)
+        self._graph = self._capture() if table.is_cuda else None
         self._kernel = self.kernel() if whole else None
         # The slots whose knobs ask for more than the kernel can.
         self._demanding: set[int] = set()
-        self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
     def join(self, slot: int, prompt: Prompt, seed: int, sampling: Sampling, residual: Sampling) -> None:
@@ -199,8 +197,8 @@ class FrameGraph:
         slots = self.slots
         n_prompt, n_text = len(prompt.embeds), min(len(prompt.tail), self.n_lines)
         assert n_prompt < self.capacity, "the prompt is longer than the slot"
-        state, keys, values = self.weights.prefill(prompt.embeds)
-        self.hidden[slot] = state
+        last, keys, values = self.weights.prefill(prompt.embeds)
+        self.hidden[slot] = last
         self._talker.keys[:, slot, :, :n_prompt] = keys
         self._talker.values[:, slot, :, :n_prompt] = values
         slots.texts[slot, :n_text] = prompt.tail[:n_text]
@@ -232,11 +230,15 @@ class FrameGraph:
         """Speaks the next frame of every slot: row ``frame`` of ``codes`` and ``stops``. Returns before the GPU has."""
         if self._kernel is not None and not self._demanding:
             self._kernel()
-        elif self.hidden.is_cuda:
-            self._graph = self._graph or self._capture()
+        elif self._graph is not None:
             self._graph.replay()
         else:
             self._enqueue()
+
+    @property
+    def whole(self) -> bool:
+        """Whether a step is one kernel, unless a slot's knobs ask for more than it can."""
+        return self._kernel is not None
 
     @property
     def stacks(self) -> tuple[Stack, Stack]:
@@ -248,17 +250,13 @@ class FrameGraph:
         return Persistent.of(self.weights, self.slots, *self.stacks, self.hidden, traced)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        # Kernels are compiled and libraries woken by a first run, which is taken back.
-        state = [*(getattr(self.slots, field.name) for field in fields(self.slots)), self.hidden]
-        kept = [tensor.clone() for tensor in state]
+        # Kernels are compiled and libraries woken by a first run; idle slots say nothing.
         with torch.inference_mode():
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._enqueue()
             torch.cuda.current_stream().wait_stream(side)
-            for tensor, before in zip(state, kept, strict=True):
-                tensor.copy_(before)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

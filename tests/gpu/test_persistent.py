@@ -17,6 +17,7 @@ from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine, Knobs
 from quaver.model.tts import TTS, Utterance
 from quaver.provenance import Step
+from quaver.recorded import Recorded
 from quaver.sampling import MIN_FRAMES, Sampling, distribution, uniforms
 from quaver.voice import Voice
 
@@ -186,7 +187,7 @@ def test_a_prompt_that_is_filled_up_gives_what_it_would_alone(speaker, n):
     embeds = torch.randn(n, width, generator=torch.Generator().manual_seed(n)).to(speaker.device, torch.bfloat16)
     with torch.inference_mode():
         alone = weights.prefill(embeds)
-        weights._prefills = {}
+        weights._recorded = Recorded(weights._prompt)
         # On a GPU the second call records, and the third replays.
         for _ in range(3):
             for one, other in zip(weights.prefill(embeds), alone, strict=True):

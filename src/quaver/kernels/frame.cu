@@ -74,6 +74,7 @@ constexpr bool all_take_part() {
   return true;
 }
 static_assert(all_fit(), "rows must split evenly");
+static_assert(SLOTS == 1 || SLOTS == 2 || SLOTS == 4, "rows are counted by their logarithm, and drawn by 128 threads each");
 static_assert(all_take_part(), "too few rows for so many blocks");
 static_assert((D & (D - 1)) == 0 && (E & (E - 1)) == 0 && D <= 128 * WARPS && E <= 128 * WARPS, "widths are powers of two");
 

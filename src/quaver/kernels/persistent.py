@@ -111,7 +111,8 @@ def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | 
     ]
     widths = (config.hidden_size, small.hidden_size)
     if (
-        n_slots > MOST_SLOTS
+        n_slots not in (1, 2, 4)
+        or n_slots > MOST_SLOTS
         or any(len(kind) > 1 for kind in kinds)
         or any(of.head_dim != _HEAD_DIM or of.intermediate_size % _HEAD_DIM for of in (config, small))
         or any(width & (width - 1) or not n_blocks * 4 <= width <= 2048 for width in widths)
@@ -200,18 +201,18 @@ def arguments(
     return filled
 
 
-def source(constants: Mapping[str, int | bool], machine: Path = MACHINE) -> str:
-    """frame.cu with ``constants`` above it, for a GPU or another ``machine``."""
+def source(values: Mapping[str, int | bool], machine: Path = MACHINE) -> str:
+    """frame.cu with ``values`` of its constants above it, for a GPU or another ``machine``."""
     lines = (
         f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};\n"
-        for name, value in constants.items()
+        for name, value in values.items()
     )
     return f'{"".join(lines)}#line 1 "{machine.name}"\n{machine.read_text()}#line 1 "frame.cu"\n{FRAME.read_text()}'
 
 
-def compiled(constants: Mapping[str, int | bool], device: torch.device) -> bytes:
-    """The machine code of frame.cu with ``constants``: from the cache on disk where it is there."""
-    text = source(constants)
+def compiled(values: Mapping[str, int | bool], device: torch.device) -> bytes:
+    """The machine code of frame.cu with ``values`` of its constants: from the cache on disk where it is there."""
+    text = source(values)
     major, minor = torch.cuda.get_device_capability(device)
     architecture = f"sm_{major}{minor}a"
     nvrtc = _nvrtc()

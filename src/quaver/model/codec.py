@@ -465,8 +465,7 @@ class CodecStream:
     def __init__(self, decoder: CodecDecoder, batch: int, recorded: bool) -> None:
         self._decoder = decoder
         self._batch = batch
-        self._recorded = recorded
-        self._pushes: dict[int, Recorded] = {}
+        self._recorded = Recorded(self._next) if recorded else None
         # Biases are always where sound is made; weights may be elsewhere.
         bias = decoder.pre_conv.conv.bias
         assert bias is not None
@@ -483,11 +482,10 @@ class CodecStream:
         assert batched.shape[0] == self._batch and batched.shape[2] == self._decoder.config.num_quantizers
         if not batched.shape[1]:
             return self._like.new_zeros((*codes.shape[:-2], 0))
-        push = self._pushes.setdefault(batched.shape[1], Recorded(self._next)) if self._recorded else self._next
-        (samples,) = push(batched)
+        (samples,) = (self._next if self._recorded is None else self._recorded)(batched)
         return samples if codes.dim() == 3 else samples[0]
 
-    def _next(self, codes: Tensor) -> tuple[Tensor]:
+    def _next(self, codes: Tensor) -> tuple[Tensor, ...]:
         latents = self._decoder.quantizer.decode(codes.transpose(1, 2))
         samples = self._decoder._samples(latents, self._memory)
         self._memory.position += codes.shape[1]
