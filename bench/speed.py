@@ -212,18 +212,17 @@ def time_line(weights: Weights) -> list[Row]:
         kernel()
     torch.cuda.synchronize()
     moments = kernel.trace.tolist()
-    n_layers = config.code_predictor_config.num_hidden_layers
-    stages = ("norm", "qkv", "attention", "o", "norm", "gate_up", "inner", "down")
-    names = [
-        "start",
-        *(["rows", "head", "projection"] if weights.projection is not None else ["rows", "head"]),
-        "sample",
-    ]
+    steps = ("rows", "product", "sum")
+    layer = [f"{name} {step}" for name in ("qkv", "o", "gate_up", "down") for step in steps]
+    layer.insert(len(steps), "attention")
+    names = ["start", *(f"first {step}" for step in steps)]
+    if weights.projection is not None:
+        names += ["projection product", "projection sum"]
+    names.append("first sample")
     for _ in range(config.num_code_groups - 1):
-        names += [f"predictor {stage}" for _ in range(n_layers) for stage in stages]
-        names += ["predictor norm", "predictor head", "predictor sample"]
-    for _ in range(config.num_hidden_layers):
-        names += [f"talker {stage}" for stage in (*stages[:3], "join", *stages[3:])]
+        names += config.code_predictor_config.num_hidden_layers * [f"predictor {name}" for name in layer]
+        names += [*(f"predictor head {step}" for step in steps), "predictor sample"]
+    names += config.num_hidden_layers * [f"talker {name}" for name in layer]
     found: dict[str, Row] = {}
     # A moment: cycles, which, cycles waited for weights so far, nanoseconds.
     for name, before, after in zip(names[1:], moments, moments[1:], strict=False):

@@ -28,7 +28,7 @@ from quaver.kernels import persistent
 
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 HERE = Path(__file__).parent
-N_BLOCKS = 3
+N_BLOCKS = 12
 KNOBS = [Sampling(0.0, penalty=1.3), Sampling(0.8, 40, 0.95, 1.1)]
 if ON_GPU:
     KNOBS += [Sampling(0.9, 50, 1.0, 1.0), Sampling(1.0, 1), Sampling(1.3, 64, 0.5, 1.0)]

@@ -2,46 +2,53 @@
 //
 // Every multiprocessor holds one block. One of its warps does nothing but ask for weights: which tiles a block reads, and
 // in which order, is known beforehand, so they stream through a ring in shared memory without ever waiting for what is
-// computed. The other warps multiply tiles as they come, and blocks hand each other what comes out (see "mail").
+// computed. The others multiply tiles as they come, and blocks hand each other what comes out (see "mail").
+//
+// What counts is the way from one product to the next, of which a frame has some five hundred in a row. So a warp owns a
+// share of a product's inputs: it waits for those alone, and multiplies them with all the rows that its block has. Warps
+// meet once a product, when they add up what each of them has.
 //
 // Rows of activations are the columns of the tensor cores' m16n8k16, weights its rows: up to eight rows cost as much as
 // one. Fragments are read from weights as they lie in memory; the order of inputs within a step is free as long as
-// activations follow the same one. The code is kept small, and functions are called rather than inlined: a layer's comes
-// around every few microseconds, and what the instruction cache does not hold costs more than all arithmetic.
+// activations follow the same one.
 //
 // Constants that persistent.py puts above: GRID blocks; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
 // heads, layers of the talker; E, J, PH, PG, PL of the predictor; V, W ids of the first and of the other codebooks;
-// Q codebooks; MOST_SPLITS shares of a cache; TALKER_INT4, PREDICTOR_INT4, PROJECTED.
+// Q codebooks; MOST_SPLITS shares of a cache; REPLICAS of what is sent; TALKER_INT4, PREDICTOR_INT4, PROJECTED.
 
 constexpr int HD = 128, GROUP = 128;
 constexpr int WARPS = 16, WORKERS = 32 * WARPS;
-constexpr int TEAM = 4, TEAMS = WARPS / TEAM;  // warps that share a slot of the ring
 constexpr int SLOT_BYTES = 16384, MOST_RING = 32, MOST_SHARED = 232448;
+constexpr int PAD = 64;  // between a tile's rows in shared memory, so that two of them meet different banks
 constexpr int MIN_FRAMES = 2, ENDED = -1;
 constexpr u32 MOST_TRIES = 1u << 24;
 constexpr int COLS = 2 * SLOTS;
-constexpr int WAITING = 2048;  // sums that wait to be added up, if a tile does not have more
 constexpr int MOST_KEPT = 64;
+constexpr int SHARE = 128;  // positions of a cache that are worth a block of their own
 
 constexpr int greater(int a, int b) { return a > b ? a : b; }
 constexpr int lesser(int a, int b) { return a < b ? a : b; }
 constexpr int divided(int a, int b) { return (a + b - 1) / b; }
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+// The largest power of two that divides ``n``, up to ``most``.
+constexpr int evenly(int n, int most) { return most > 1 && n % most ? evenly(n, most / 2) : most; }
 
 // A product's weight: N outputs of K inputs, in tiles. Gated: gate above up, a tile has as many rows of each.
 struct Shape {
   int n, k, int4;
   int rows, outs, pieces;  // of a tile: rows, outputs, runs of rows
   int tiles, row_bytes;
-  int segments, segment;  // parts of a tile that fit into the ring's slots, bytes of a row in each
+  int segments, segment, pitch;  // parts of a tile that fit into the ring's slots, bytes of a row in each, and between rows
   int groups, tables;     // of a row; bytes of a tile's float16 scales and, behind them, its zero points
+  int unit, parts, share;  // inputs of a step; warps that share a row's steps, steps of each
   constexpr Shape(int n, int k, bool int4, bool gated)
       : n(n), k(k), int4(int4),
         // Sixteen where they fit into a slot and keep all blocks busy.
         rows(int4 && 8 * k <= SLOT_BYTES && divided(n * (1 + gated) / 16, GRID) * 2 <= divided(n * (1 + gated) / 8, GRID) ? 16 : 8),
         outs(gated ? rows / 2 : rows), pieces(1 + gated), tiles(n / outs), row_bytes(int4 ? k / 2 : 2 * k),
-        segments(divided(row_bytes * rows, SLOT_BYTES)), segment(row_bytes / segments), groups(k / GROUP),
-        tables(int4 ? rows * groups * 3 : 0) {}
+        segments(divided(row_bytes * rows, SLOT_BYTES)), segment(row_bytes / segments),
+        pitch(segment + (segment % 128 ? 0 : PAD)), groups(k / GROUP), tables(int4 ? rows * groups * 3 : 0),
+        unit(int4 ? GROUP : 32), parts(evenly(k / unit, WARPS)), share(k / unit / parts) {}
   constexpr bool fits() const {
     return n % outs == 0 && row_bytes % segments == 0 && segment % 64 == 0 && k % GROUP == 0 && (!int4 || outs * groups % 16 == 0);
   }
@@ -49,46 +56,64 @@ struct Shape {
 
 enum { HEAD0, PROJECTION, QKV, OUT, GATE_UP, DOWN, SMALL_QKV, SMALL_OUT, SMALL_GATE_UP, SMALL_DOWN, HEAD, SHAPES };
 constexpr int QKV_N = (H + 2 * G) * HD, SMALL_QKV_N = (PH + 2 * PG) * HD;
+constexpr Shape shape_of(int which) {
+  switch (which) {
+    case HEAD0: return Shape(V, D, false, false);
+    case PROJECTION: return Shape(E, D, false, false);
+    case QKV: return Shape(QKV_N, D, TALKER_INT4, false);
+    case OUT: return Shape(D, H * HD, TALKER_INT4, false);
+    case GATE_UP: return Shape(I, D, TALKER_INT4, true);
+    case DOWN: return Shape(D, I, TALKER_INT4, false);
+    case SMALL_QKV: return Shape(SMALL_QKV_N, E, PREDICTOR_INT4, false);
+    case SMALL_OUT: return Shape(E, PH * HD, PREDICTOR_INT4, false);
+    case SMALL_GATE_UP: return Shape(J, E, PREDICTOR_INT4, true);
+    case SMALL_DOWN: return Shape(E, J, PREDICTOR_INT4, false);
+    default: return Shape(W, E, false, false);
+  }
+}
 __constant__ constexpr Shape shapes[SHAPES] = {
-    Shape(V, D, false, false), Shape(E, D, false, false),
-    Shape(QKV_N, D, TALKER_INT4, false), Shape(D, H * HD, TALKER_INT4, false),
-    Shape(I, D, TALKER_INT4, true), Shape(D, I, TALKER_INT4, false),
-    Shape(SMALL_QKV_N, E, PREDICTOR_INT4, false), Shape(E, PH * HD, PREDICTOR_INT4, false),
-    Shape(J, E, PREDICTOR_INT4, true), Shape(E, J, PREDICTOR_INT4, false),
-    Shape(W, E, false, false),
+    shape_of(0), shape_of(1), shape_of(2), shape_of(3), shape_of(4), shape_of(5),
+    shape_of(6), shape_of(7), shape_of(8), shape_of(9), shape_of(10),
 };
 constexpr int most_tables() {
   int most = 0;
-  for (int i = 0; i < SHAPES; ++i) most = greater(most, shapes[i].tables);
+  for (int i = 0; i < SHAPES; ++i) most = greater(most, shape_of(i).tables);
+  return most;
+}
+// Sums of a block's rows in one product.
+constexpr int most_rows() {
+  int most = 0;
+  for (int i = 0; i < SHAPES; ++i) {
+    const int rows = divided(shape_of(i).tiles, GRID) * shape_of(i).rows;
+    most = greater(most, rows * (i >= SMALL_QKV ? COLS : SLOTS));
+  }
   return most;
 }
 constexpr bool all_fit() {
   for (int i = 0; i < SHAPES; ++i)
-    if (!shapes[i].fits()) return false;
+    if (!shape_of(i).fits()) return false;
   return true;
 }
 // See "mail": of two products in a row every block must have a tile of one.
 constexpr bool all_take_part() {
   for (int i = 0; i < SHAPES; ++i)
-    if (2 * shapes[i].tiles < GRID) return false;
+    if (2 * shape_of(i).tiles < GRID) return false;
   return true;
 }
 static_assert(all_fit(), "rows must split evenly");
 static_assert(SLOTS == 1 || SLOTS == 2 || SLOTS == 4, "rows are counted by their logarithm, and drawn by 128 threads each");
 static_assert(all_take_part(), "too few rows for so many blocks");
-static_assert((D & (D - 1)) == 0 && (E & (E - 1)) == 0 && D <= 128 * WARPS && E <= 128 * WARPS, "widths are powers of two");
+static_assert(D <= 128 * WARPS, "a warp keeps its share of a row in registers");
 
 constexpr int TABLE_ROOM = divided(most_tables(), 128) * 128;
-constexpr int RING_SLOT = SLOT_BYTES + TABLE_ROOM;
+constexpr int ROW_ROOM = SLOT_BYTES + 16 * PAD;
+constexpr int RING_SLOT = ROW_ROOM + TABLE_ROOM;
 constexpr int WIDEST = greater(greater(greater(D, I), H * HD) * SLOTS, greater(greater(E, J), PH * HD) * COLS);
 constexpr int WIDE_D = greater(D * SLOTS, E * COLS);
-constexpr int REP = H / G;
-constexpr int most_sums() {
-  int most = WAITING;
-  for (int i = 0; i < SHAPES; ++i) most = greater(most, shapes[i].segments * TEAM * shapes[i].rows * COLS);
-  return most;
-}
-constexpr int RED_FLOATS = greater(most_sums(), WARPS * REP * (HD + 2) + (REP + 2) * HD);
+constexpr int MOST_REPEATS = greater(H / G, PH / PG);
+constexpr int RED_PITCH = 20;  // floats between sums of a warp each: eight rows meet eight banks
+constexpr int HEAD_PITCH = HD + 4;
+constexpr int ATTENDED = (WARPS * MOST_REPEATS + MOST_REPEATS + 2) * HEAD_PITCH + 2 * WARPS * MOST_REPEATS;
 
 struct Weight { const u8* values; const u8* scales; const u8* zeros; };
 constexpr int WEIGHTS = 1 + PROJECTED + 4 * PL + (Q - 1) + 4 * L;
@@ -104,8 +129,8 @@ struct Arguments {
   const float* first; const float* residual;
   const u16* texts; int* codes; float* stops;
   u16* hidden;
-  u64* boxes;                     // [4, BOX] what blocks hand each other, and
-  u64* parts; u64* part_weights;  // [SLOTS, H, splits, d] and [SLOTS, H, splits, 2]
+  u64* boxes;                     // [4, REPLICAS, BOX] what blocks hand each other, and
+  u64* parts; u64* part_weights;  // [REPLICAS, SLOTS, H, splits, d / 2] and [REPLICAS, SLOTS, H, splits, 2]
   u32* exchange;                  // how many exchanges there were before this frame
   u64* trace;
   float eps, small_eps;
@@ -126,13 +151,16 @@ struct Gains {
 struct Shared {
   u64 full[MOST_RING], empty[MOST_RING];
   alignas(16) Arguments arguments;
-  alignas(16) float red[RED_FLOATS];  // what warps add up
-  alignas(16) u16 x[WIDEST];          // a product's activations, in the order in which its weight is read
-  alignas(16) u16 raw[WIDE_D];        // the residual stream as it came in
-  float squares[WIDE_D / GROUP];
+  alignas(16) float red[2][most_rows() * RED_PITCH];  // what warps add up, of this product and of the one before
+  union {
+    alignas(16) u16 x[WIDEST];           // a product's activations, in the order in which its weight is read
+    alignas(16) float attended[ATTENDED];  // between two products
+  };
+  alignas(16) u16 raw[2][WIDE_D];     // the residual stream as it came into attention, and into the MLP
+  float squares[2][COLS][WARPS];
   float sums[WIDEST / GROUP];
-  float score[SLOTS][MOST_KEPT], sorted[SLOTS][MOST_KEPT];
-  int ids[SLOTS][MOST_KEPT], sorted_ids[SLOTS][MOST_KEPT];
+  alignas(16) float score[SLOTS][MOST_KEPT], sorted[SLOTS][MOST_KEPT];
+  alignas(16) int ids[SLOTS][MOST_KEPT], sorted_ids[SLOTS][MOST_KEPT];
   int counts[SLOTS][16];
   int code[SLOTS][Q];
   int frame[SLOTS], alive[SLOTS], prompt[SLOTS];
@@ -169,7 +197,7 @@ __device__ __forceinline__ void give_up(u32 tries) {
   if (tries > MOST_TRIES) trap();
 }
 
-// The moments of one block's frame, where they are asked for: 1 rows are ready, 2 sent, 3 drawn, 4 and 5 attended.
+// The moments of one block's frame, where they are asked for: 1 rows are ready, 2 multiplied, 3 sent, 4 drawn, 5 attended.
 __device__ __forceinline__ void mark(int what) {
   if (TRACED && blockIdx.x == TRACED - 1 && threadIdx.x == 0) {
     u64* at = given.trace + 4 * s.n_marks++;
@@ -185,7 +213,7 @@ __device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
 }
 
 struct Place {
-  int slot = 0, base = 0;
+  int slot = 0, base = 0, turn = 0;  // turn: which of the two sets of sums is next
   u32 parity = 0;
   __device__ __forceinline__ void skip(int n) {
     for (slot += n; slot >= RING; slot -= RING) parity ^= 1;
@@ -195,7 +223,10 @@ struct Place {
     const int first = (int)blockIdx.x - base;
     return first < 0 ? first + GRID : first;
   }
-  __device__ __forceinline__ void end(int tiles) { base = (base + tiles) % GRID; }
+  __device__ __forceinline__ void end(int tiles) {
+    base = (base + tiles) % GRID;
+    turn ^= 1;
+  }
 };
 
 // Asks for this block's tiles of a weight, as slots of the ring become free.
@@ -203,7 +234,7 @@ __device__ __noinline__ Place feed(Place place, int which, int weight, u64 polic
   const int lane = threadIdx.x & 31;
   const Shape m = shapes[which];
   const Weight w = given.stream[weight];
-  const bool whole = m.segments == 1;
+  const bool whole = m.segments == 1 && m.pitch == m.segment;
 #pragma unroll 1
   for (int tile = place.begin(); tile < m.tiles; tile += GRID) {
 #pragma unroll 1
@@ -216,15 +247,15 @@ __device__ __noinline__ Place feed(Place place, int which, int weight, u64 polic
       // Whole rows lie one behind the other.
       if (lane < (whole ? m.pieces : m.rows)) {
         const int rows = whole ? m.outs : 1, row = whole ? lane * m.n : lane % m.outs + (lane >= m.outs ? m.n : 0);
-        fetch(to + lane * rows * m.segment, w.values + (u64)(tile * m.outs + row) * m.row_bytes + segment * m.segment,
+        fetch(to + lane * rows * m.pitch, w.values + (u64)(tile * m.outs + row) * m.row_bytes + segment * m.segment,
               rows * m.segment, gate, policy);
       }
       if (m.int4 && lane >= 16 && lane < 16 + 2 * m.pieces) {
         const int piece = (lane - 16) >> 1, row = tile * m.outs + piece * m.n, at = piece * m.outs * m.groups;
         if (lane & 1)
-          fetch(to + SLOT_BYTES + 2 * m.rows * m.groups + at, w.zeros + (u64)row * m.groups, m.outs * m.groups, gate, policy);
+          fetch(to + ROW_ROOM + 2 * m.rows * m.groups + at, w.zeros + (u64)row * m.groups, m.outs * m.groups, gate, policy);
         else
-          fetch(to + SLOT_BYTES + 2 * at, w.scales + 2 * (u64)row * m.groups, 2 * m.outs * m.groups, gate, policy);
+          fetch(to + ROW_ROOM + 2 * at, w.scales + 2 * (u64)row * m.groups, 2 * m.outs * m.groups, gate, policy);
       }
       place.skip(1);
     }
@@ -236,21 +267,19 @@ __device__ __noinline__ Place feed(Place place, int which, int weight, u64 polic
 // ---- mail: what blocks hand each other ----
 //
 // Every four bytes travel with the number of their exchange, eight bytes written at once, and are read again and again
-// until that number is there. So nobody waits for more than what he needs, and no fence is needed between the two. Boxes
-// are taken in turn, four of them: a block writes into the one of exchange n + 4 only when all that was sent in n + 3 is
-// there, which took all of n + 2, and so on; and of any two products in a row every block has a tile of one, so by then
-// everyone has read exchange n.
+// until that number is there. So nobody waits for more than what he needs, and no fence is needed between the two. All
+// blocks read all of it, so it is written several times, and each reads one of the REPLICAS. Boxes are taken in turn, four
+// of them: a block writes into the one of exchange n + 4 only when all that was sent in n + 3 is there, which took all of
+// n + 2, and so on; and of any two products in a row every block has a tile of one, so by then everyone has read exchange n.
 
 constexpr int BOXES = 4;
 constexpr int BOX = greater(greater(greater(QKV_N, I), greater(V, D)) * SLOTS, greater(SMALL_QKV_N, greater(J, E)) * COLS) / 2;
 
-__device__ __forceinline__ void send(u32 number, int pair, u32 what) {
-  store(given.boxes + (number % BOXES) * BOX + pair, make_uint2(what, number));
+__device__ __forceinline__ void send(u32 number, int replica, int pair, u32 what) {
+  store(given.boxes + ((number % BOXES) * REPLICAS + replica) * BOX + pair, make_uint2(what, number));
 }
-__device__ __forceinline__ void send_floats(u64* to, u32 number, float x, float y) {
-  store(to, make_uint4(__float_as_uint(x), number, __float_as_uint(y), number));
-}
-// Waits for M times eight bytes, all asked for at once; those that are not wanted are left as they are.
+__device__ __forceinline__ int replica() { return blockIdx.x % REPLICAS; }
+// Waits for M times eight bytes of what was sent, all asked for at once; those that are not wanted are left as they are.
 template <int M>
 __device__ __forceinline__ void receive(uint2 (&got)[M], const u64* const (&from)[M], const bool (&wanted)[M], u32 number) {
   u32 tries = 0;
@@ -272,7 +301,9 @@ __device__ __forceinline__ void receive(uint2 (&got)[M], const u64* const (&from
   } while (!there);
 }
 // Where four bfloat16 of an exchange are, from the at-th on.
-__device__ __forceinline__ const u64* box(u32 number, int at) { return given.boxes + (number % BOXES) * BOX + at / 2; }
+__device__ __forceinline__ const u64* box(u32 number, int at) {
+  return given.boxes + ((number % BOXES) * REPLICAS + replica()) * BOX + at / 2;
+}
 __device__ __forceinline__ uint2 receive(u32 number, int at) {
   uint2 got[1];
   const u64* const from[1] = {box(number, at)};
@@ -285,52 +316,68 @@ __device__ __forceinline__ uint2 receive(u32 number, int at) {
 
 enum { ROUNDED, ONTO_STREAM, WITH_BIAS };
 
-// A warp's share of a slot's product, float32 fragments: the steps ``member``, member + TEAM and so on.
-__device__ __forceinline__ void multiply_dense(float (&acc)[4], const u8* row, const u16* x, int member, int steps, bool mine) {
-  const int t = threadIdx.x & 3;
-  float more[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-  for (int step = member; step < steps; step += TEAM) {
-    const uint4 low = *(const uint4*)(row + step * 64);
-    const uint4 b = mine ? *(const uint4*)(x + step * 32 + t * 8) : make_uint4(0, 0, 0, 0);
-    multiply(acc, low.x, 0, low.y, 0, b.x, b.y);
-    multiply(more, low.z, 0, low.w, 0, b.z, b.w);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) acc[i] += more[i];
+// A lane's activations of a step, as the tensor cores take them.
+template <int WHICH>
+__device__ __forceinline__ uint4 activations(int step, int quarter, int columns) {
+  constexpr Shape m = shape_of(WHICH);
+  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+  if (g >= columns) return make_uint4(0, 0, 0, 0);
+  return *(const uint4*)(s.x + g * m.k + (m.int4 ? step * GROUP + t * 32 + quarter * 8 : step * 32 + t * 8));
 }
-__device__ __forceinline__ void multiply_int4(float (&acc)[4], const Shape& m, const u8* from, const u16* x, int first, int member, int steps, int columns_log) {
+
+// A warp's steps of a tile's slot, float32 fragments: all of its share that lie in ``segment``. ``b``: activations.
+template <int WHICH, int KEPT>
+__device__ __forceinline__ void multiply_dense(float (&acc)[4], float (&more)[4], const u8* from, const uint4 (&b)[KEPT], int part, int segment) {
+  constexpr Shape m = shape_of(WHICH);
+  constexpr int steps = m.k / m.unit / m.segments;
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const bool wide = m.rows == 16, mine = g < (1 << columns_log);
-  const u8* row = from + g * m.segment + t * 16;
-  const u16* scales = (const u16*)(from + SLOT_BYTES) + g * m.groups + first;
-  const u8* zeros = from + SLOT_BYTES + 2 * m.rows * m.groups + g * m.groups + first;
+  const u8* row = from + g * m.pitch + t * 16;
+#pragma unroll
+  for (int i = 0; i < m.share; ++i) {
+    const int step = part * m.share + i - segment * steps;
+    if (m.segments == 1 || (u32)step < (u32)steps) {
+      const uint4 a = *(const uint4*)(row + step * 64);
+      multiply(acc, a.x, 0, a.y, 0, b[i].x, b[i].y);
+      multiply(more, a.z, 0, a.w, 0, b[i].z, b[i].w);
+    }
+  }
+}
+template <int WHICH, int KEPT>
+__device__ __forceinline__ void multiply_int4(float (&acc)[4], const u8* from, const uint4 (&b)[KEPT], int part, int segment, int columns) {
+  constexpr Shape m = shape_of(WHICH);
+  constexpr int steps = m.groups / m.segments;
+  constexpr bool wide = m.rows == 16;
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll 1
-  for (int step = member; step < steps; step += TEAM) {
-    const uint4 low = *(const uint4*)(row + step * 64);
-    const uint4 high = wide ? *(const uint4*)(row + 8 * m.segment + step * 64) : make_uint4(0, 0, 0, 0);
+  for (int i = 0; i < m.share; ++i) {
+    const int group = part * m.share + i, step = group - segment * steps;
+    if (m.segments > 1 && (u32)step >= (u32)steps) continue;
+    const u8* row = from + g * m.pitch + t * 16 + step * 64;
+    const u16* scales = (const u16*)(from + ROW_ROOM) + g * m.groups + group;
+    const u8* zeros = from + ROW_ROOM + 2 * m.rows * m.groups + g * m.groups + group;
+    const uint4 low = *(const uint4*)row, high = wide ? *(const uint4*)(row + 8 * m.pitch) : make_uint4(0, 0, 0, 0);
     float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
     const u32 w[4] = {low.x, low.y, low.z, low.w}, v[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const uint4 b = mine ? *(const uint4*)(x + step * GROUP + t * 32 + e * 8) : make_uint4(0, 0, 0, 0);
+      const uint4 x = m.share == 1 ? b[e & (KEPT - 1)] : activations<WHICH>(group, e, columns);
       u32 p[4], q[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p[i] = ((w[e] >> (4 * i)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
-        q[i] = ((v[e] >> (4 * i)) & 0x000f000fu) | 0x43004300u;
+      for (int j = 0; j < 4; ++j) {
+        p[j] = ((w[e] >> (4 * j)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
+        q[j] = wide ? ((v[e] >> (4 * j)) & 0x000f000fu) | 0x43004300u : 0;
       }
-      multiply(c[0], p[0], q[0], p[1], q[1], b.x, b.y);
-      multiply(c[1], p[2], q[2], p[3], q[3], b.z, b.w);
+      multiply(c[0], p[0], q[0], p[1], q[1], x.x, x.y);
+      multiply(c[1], p[2], q[2], p[3], q[3], x.z, x.w);
     }
-    if (2 * t < (1 << columns_log)) {
-      const float* sums = s.sums + 2 * t * m.groups + first + step;
-      const float sum0 = sums[0], sum1 = columns_log ? sums[m.groups] : 0.f;
-      float scale = half(scales[step]), zero = 128.f + zeros[step];
+    if (2 * t < columns) {
+      const float* sums = s.sums + 2 * t * m.groups + group;
+      const float sum0 = sums[0], sum1 = columns > 1 ? sums[m.groups] : 0.f;
+      float scale = half(scales[0]), zero = 128.f + zeros[0];
       acc[0] += scale * (c[0][0] + c[1][0] - zero * sum0);
       acc[1] += scale * (c[0][1] + c[1][1] - zero * sum1);
       if (wide) {
-        scale = half(scales[8 * m.groups + step]), zero = 128.f + zeros[8 * m.groups + step];
+        scale = half(scales[8 * m.groups]), zero = 128.f + zeros[8 * m.groups];
         acc[2] += scale * (c[0][2] + c[1][2] - zero * sum0);
         acc[3] += scale * (c[0][3] + c[1][3] - zero * sum1);
       }
@@ -340,127 +387,143 @@ __device__ __forceinline__ void multiply_int4(float (&acc)[4], const Shape& m, c
 
 // Sends the product of the rows in s.x, 1 << columns_log of them: outputs in pairs, finished in float32.
 //
-// A team takes a slot; its warps' sums, and those of a tile's other slots, wait in s.red until all are there.
-template <bool INT4>
-__device__ __noinline__ Place product(Place place, int which, int columns_log, u32 number, int finish) {
+// Where ``eps`` is not zero the rows still lack what their RMS norm divides by; their squares are in s.squares.
+template <int WHICH>
+__device__ __noinline__ Place product(Place place, int columns_log, u32 number, int finish, float eps) {
+  constexpr Shape m = shape_of(WHICH);
+  constexpr int sets = WARPS / m.parts, kept = m.int4 ? (m.share == 1 ? 4 : 1) : m.share;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const int team = warp / TEAM, member = warp % TEAM, columns = 1 << columns_log;
-  const Shape m = shapes[which];
-  const int a_warp = m.rows << columns_log, k_segment = m.k / m.segments, steps = k_segment / (INT4 ? GROUP : 32);
+  const int part = warp % m.parts, columns = 1 << columns_log;
   const int first = place.begin(), tiles = first < m.tiles ? divided(m.tiles - first, GRID) : 0;
-  const int batch = greater(1, WAITING / (m.segments * TEAM * a_warp));
-#pragma unroll 1
-  for (int done = 0; done < tiles; done += batch) {
-    const int now = lesser(batch, tiles - done);
-    Place at = place;
-    at.skip(team);
-#pragma unroll 1
-    for (int unit = team; unit < now * m.segments; unit += TEAMS, at.skip(TEAMS)) {
-      const int segment = unit % m.segments;
-      const long long before = TRACED ? clock64() : 0;
-      wait_for(&s.full[at.slot], at.parity);
-      if (TRACED && tid == 0) s.ring_waits += clock64() - before;
-      const u8* from = memory + at.slot * RING_SLOT;
-      const u16* x = s.x + g * m.k + segment * k_segment;
-      float acc[4] = {0.f, 0.f, 0.f, 0.f};
-      if (INT4)
-        multiply_int4(acc, m, from, x, segment * steps, member, steps, columns_log);
-      else
-        multiply_dense(acc, from + g * m.segment + t * 16, x, member, steps, g < columns);
-      __syncwarp();
-      if (lane == 0) arrive(&s.empty[at.slot]);
-      if (2 * t < columns) {
-        float* red = s.red + (unit * TEAM + member) * a_warp + (g << columns_log) + 2 * t;
-        red[0] = acc[0];
-        if (columns > 1) red[1] = acc[1];
-        if (INT4 && m.rows == 16) {
-          red[8 << columns_log] = acc[2];
-          if (columns > 1) red[(8 << columns_log) + 1] = acc[3];
-        }
-      }
-    }
-    place.skip(now * m.segments);
-    workers_meet();
-    // Four threads add up two outputs, each a member's sums of all the tile's slots.
-    const int pairs_log = columns_log + (m.outs == 16 ? 3 : m.outs == 8 ? 2 : 1);
-#pragma unroll 1
-    for (int out = tid; out < now << (pairs_log + 2); out += WORKERS) {
-      const int part = out & 3, nth = out >> (pairs_log + 2), inside = (out >> 2) & ((1 << pairs_log) - 1);
-      const int row = 2 * (inside >> columns_log), column = inside & (columns - 1), up = m.outs << columns_log;
-      const float* red = s.red + (nth * m.segments * TEAM + part) * a_warp + (row << columns_log) + column;
-      float sums[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 1
-      for (int segment = 0; segment < m.segments; ++segment, red += TEAM * a_warp) {
-        sums[0] += red[0], sums[1] += red[columns];
-        if (m.pieces == 2) sums[2] += red[up], sums[3] += red[up + columns];
-      }
-      const u32 quad = 0xfu << (lane & ~3);
+  float* red = s.red[place.turn];
+  uint4 b[kept];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[i] += __shfl_xor_sync(quad, sums[i], 1);
-        sums[i] += __shfl_xor_sync(quad, sums[i], 2);
+  for (int i = 0; i < kept; ++i) b[i] = m.int4 ? activations<WHICH>(part, i, columns) : activations<WHICH>(part * m.share + i, 0, columns);
+#pragma unroll 1
+  for (int nth = 0; nth < tiles; ++nth) {
+    float acc[4] = {0.f, 0.f, 0.f, 0.f}, more[4] = {0.f, 0.f, 0.f, 0.f};
+    const bool mine = sets == 1 || nth % sets == warp / m.parts;
+#pragma unroll 1
+    for (int segment = 0; segment < m.segments; ++segment) {
+      const long long before = TRACED ? clock64() : 0;
+      wait_for(&s.full[place.slot], place.parity);
+      if (TRACED && tid == 0) s.ring_waits += clock64() - before;
+      const u8* from = memory + place.slot * RING_SLOT;
+      if (mine) {
+        if constexpr (m.int4)
+          multiply_int4<WHICH>(acc, from, b, part, segment, columns);
+        else
+          multiply_dense<WHICH>(acc, more, from, b, part, segment);
       }
-      if (part == 0) {
-        const int at = (first + (done + nth) * GRID) * m.outs + row;
-        float x = sums[0], y = sums[1];
-        if (m.pieces == 2) {
-          x = __fdividef(x, 1.f + __expf(-x)) * sums[2];
-          y = __fdividef(y, 1.f + __expf(-y)) * sums[3];
-        } else if (finish != ROUNDED) {
-          const u32 base = finish == ONTO_STREAM ? *(const u32*)(s.raw + column * m.n + at) : *(const u32*)(given.projection_bias + at);
-          x += bf_low(base), y += bf_high(base);
-        }
-        send(number, (column * m.n + at) / 2, two_bf(x, y));
+      __syncwarp();
+      if (lane == 0) arrive(&s.empty[place.slot]);
+      place.skip(1);
+    }
+    if (mine && 2 * t < columns) {
+      float* to = red + (((nth * m.rows + g) << columns_log) + 2 * t) * RED_PITCH + part;
+      to[0] = acc[0] + more[0];
+      if (columns > 1) to[RED_PITCH] = acc[1] + more[1];
+      if (m.rows == 16) {
+        to[(8 << columns_log) * RED_PITCH] = acc[2];
+        if (columns > 1) to[((8 << columns_log) + 1) * RED_PITCH] = acc[3];
       }
     }
-    if (done + batch < tiles) workers_meet();
+  }
+  mark(2);
+  workers_meet();
+  // Eight threads add up two outputs, and each sends one replica of them.
+  constexpr int outs_log = log2_of(m.outs) - 1;
+  const int pairs_log = columns_log + outs_log, pairs = tiles << pairs_log, q = lane & 7;
+#pragma unroll 1
+  for (int start = 4 * warp; start < pairs; start += 4 * WARPS) {
+    const int pair = min(start + (lane >> 3), pairs - 1), nth = pair >> pairs_log, inside = pair & ((1 << pairs_log) - 1);
+    const int row = 2 * (inside >> columns_log), column = inside & (columns - 1);
+    const float* from = red + (((nth * m.rows + row) << columns_log) + column) * RED_PITCH + q;
+    float sums[5];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      sums[i] = 0.f;
+      if (i < 2 * m.pieces || (i == 4 && eps != 0.f)) {
+        const float* at = i == 4 ? s.squares[place.turn][column] + q : from + (((i & 1) + (i >> 1) * m.outs) << columns_log) * RED_PITCH;
+        if (m.parts >= 8 || q < m.parts) sums[i] = at[0];
+        if (m.parts > 8) sums[i] += at[8];
+      }
+    }
+#pragma unroll
+    for (int d = 4; d; d >>= 1)
+#pragma unroll
+      for (int i = 0; i < 5; ++i)
+        if (i < 2 * m.pieces || i == 4) sums[i] += __shfl_xor_sync(~0u, sums[i], d);
+    const int at = (first + nth * GRID) * m.outs + row;
+    const float by = eps != 0.f ? rsqrtf(sums[4] * (1.f / m.k) + eps) : 1.f;
+    float x = sums[0] * by, y = sums[1] * by;
+    if (m.pieces == 2) {
+      x = __fdividef(x, 1.f + __expf(-x)) * sums[2] * by;
+      y = __fdividef(y, 1.f + __expf(-y)) * sums[3] * by;
+    } else if (finish != ROUNDED) {
+      const u16* stream = s.raw[WHICH == DOWN || WHICH == SMALL_DOWN];
+      const u32 base = finish == ONTO_STREAM ? *(const u32*)(stream + column * m.n + at) : *(const u32*)(given.projection_bias + at);
+      x += bf_low(base), y += bf_high(base);
+    }
+    if (start + (lane >> 3) < pairs)
+      for (int i = q; i < REPLICAS; i += 8) send(number, i, (column * m.n + at) / 2, two_bf(x, y));
   }
   place.end(m.tiles);
-  mark(2);
+  mark(3);
   return place;
 }
 
-// ---- activations ----
+// ---- activations: each warp brings those that it multiplies ----
 
-// Four inputs of a group, from 4 * lane on, to where the weight's fragments want them; and the group's sum.
-template <bool INT4>
-__device__ __forceinline__ void put(int column, int group, int k, int lane, uint2 four) {
-  u16* to = s.x + column * k + group * GROUP;
-  if (!INT4) {
-    *(uint2*)(to + 4 * lane) = four;
+// A warp's share of a row.
+template <int WHICH>
+struct Share {
+  static constexpr Shape m = shape_of(WHICH);
+  static constexpr int WIDTH = m.share * m.unit, CHUNKS = divided(WIDTH, 128);
+  static constexpr bool HEADS = m.parts == WARPS && WIDTH == HD;  // of a row of WARPS heads a warp has one
+  const int lane = threadIdx.x & 31, begin = (threadIdx.x >> 5) % m.parts * WIDTH + 4 * lane;
+  __device__ __forceinline__ bool has(int i) const { return WIDTH % 128 == 0 || 128 * i + 4 * lane < WIDTH; }
+};
+
+// Four inputs, from the at-th on, to where the weight's fragments want them; and the sum of their group.
+template <int WHICH>
+__device__ __forceinline__ void put(int column, int at, uint2 four) {
+  constexpr Shape m = shape_of(WHICH);
+  if constexpr (!m.int4) {
+    *(uint2*)(s.x + column * m.k + at) = four;
   } else {
-    const int j = lane >> 2, t = lane & 3;
-    to += t * 32 + (j & 3) * 2 + (j >> 2);
+    const int lane = threadIdx.x & 31, group = at / GROUP, j = lane >> 2, t = lane & 3;
+    u16* to = s.x + column * m.k + group * GROUP + t * 32 + (j & 3) * 2 + (j >> 2);
     to[0] = (u16)four.x, to[8] = (u16)(four.x >> 16), to[16] = (u16)four.y, to[24] = (u16)(four.y >> 16);
     const float sum = warp_sum(bf_low(four.x) + bf_high(four.x) + bf_low(four.y) + bf_high(four.y));
-    if (lane == 0) s.sums[column * (k / GROUP) + group] = sum;
+    if (lane == 0) s.sums[column * m.groups + group] = sum;
   }
 }
 
-// Puts rows [k] that arrive by mail (or, with number 0, the hidden states) into s.x, as the next product wants them.
-template <bool INT4>
-__device__ __noinline__ void stage(int k, int columns, u32 number) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = k / GROUP;
+// Puts rows that arrive by mail (or, with number 0, the hidden states) into s.x, as the next product wants them.
+template <int WHICH>
+__device__ __noinline__ void stage(int columns, u32 number) {
+  constexpr Shape m = shape_of(WHICH);
+  const Share<WHICH> share;
+  constexpr int chunks = Share<WHICH>::CHUNKS;
 #pragma unroll 1
-  for (int column = 0; column < columns; ++column)
-#pragma unroll 1
-    for (int start = warp; start < groups; start += 3 * WARPS) {
-      uint2 four[3];
-      const u64* from[3];
-      bool wanted[3];
+  for (int column = 0; column < columns; ++column) {
+    uint2 four[chunks];
+    const u64* from[chunks];
+    bool wanted[chunks];
 #pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        const int at = column * k + (start + i * WARPS) * GROUP + 4 * lane;
-        wanted[i] = start + i * WARPS < groups;
-        from[i] = box(number, at);
-        if (number == 0 && wanted[i]) four[i] = load8(given.hidden + at);
-      }
-      if (number != 0) receive<3>(four, from, wanted, number);
-#pragma unroll
-      for (int i = 0; i < 3; ++i)
-        if (wanted[i]) put<INT4>(column, start + i * WARPS, k, lane, four[i]);
+    for (int i = 0; i < chunks; ++i) {
+      const int at = column * m.k + share.begin + 128 * i;
+      wanted[i] = share.has(i);
+      from[i] = box(number, at);
+      if (number == 0 && wanted[i]) four[i] = load8(given.hidden + at);
     }
-  workers_meet();
+    if (number != 0) receive<chunks>(four, from, wanted, number);
+#pragma unroll
+    for (int i = 0; i < chunks; ++i)
+      if (wanted[i]) put<WHICH>(column, share.begin + 128 * i, four[i]);
+  }
+  __syncwarp();
   mark(1);
 }
 
@@ -485,45 +548,59 @@ __device__ __forceinline__ uint2 embedded(int slot, int at) {
 
 enum { MAIL, CODES, FRAME };
 
-// The same after an RMS norm: rows from the mail, or the embeddings of the code before ``codebook``, or of the whole
-// frame; the first ``skipped`` rows are left out. The rows as they came are left in s.raw.
-template <bool INT4>
-__device__ __noinline__ void stage_normed(int k, int columns, int skipped, u32 number, int source, int codebook, const u16* gain, float eps) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = k / GROUP;
-  // What does not depend on other blocks is asked for first. A warp meets the same group again in every row it has.
-  const uint2 by = load8(gain + (warp & (groups - 1)) * GROUP + 4 * lane);
-#pragma unroll 1
-  for (int unit = warp; unit < columns * groups; unit += WARPS) {
-    const int column = unit / groups + skipped, at = (unit & (groups - 1)) * GROUP + 4 * lane;
-    uint2 four;
-    if (INT4 == TALKER_INT4 && source == FRAME)
-      four = embedded(column, at);
-    else if (INT4 == PREDICTOR_INT4 && source == CODES && (codebook > 1 || column >= SLOTS))
-      four = load8(given.projected[codebook - 1] + (u64)s.code[column % SLOTS][codebook - 1] * k + at);
-    else if (INT4 == PREDICTOR_INT4 && source == CODES && !PROJECTED)
-      four = load8(given.hidden + column * k + at);
-    else
-      four = receive(number, column * k + at);
-    *(uint2*)(s.raw + column * k + at) = four;
-    float x[4];
-    unpack(four, x);
-    const float square = warp_sum(dot(x, x));
-    if (lane == 0) s.squares[unit] = square;
-  }
-  workers_meet();
-  float b[4];
-  unpack(by, b);
-#pragma unroll 1
-  for (int unit = warp; unit < columns * groups; unit += WARPS) {
-    const int column = unit / groups, group = unit & (groups - 1);
-    const float rstd = rsqrtf(warp_sum(lane < groups ? s.squares[column * groups + lane] : 0.f) * __fdividef(1.f, k) + eps);
-    float x[4];
-    unpack(*(const uint2*)(s.raw + (column + skipped) * k + group * GROUP + 4 * lane), x);
+// The same for what an RMS norm stands before: rows from the mail, or the embeddings of the code before ``codebook``, or
+// of the whole frame; the first ``skipped`` rows are left out. What the norm divides by is left to the product: squares
+// go to s.squares, and the rows as they came to s.raw.
+template <int WHICH>
+__device__ __noinline__ void stage_normed(int columns, int skipped, int turn, u32 number, int source, int codebook, const u16* gain) {
+  constexpr Shape m = shape_of(WHICH);
+  const Share<WHICH> share;
+  constexpr int chunks = Share<WHICH>::CHUNKS;
+  u16* raw = s.raw[WHICH == GATE_UP || WHICH == SMALL_GATE_UP];
+  // What does not depend on other blocks is asked for first.
+  uint2 by[chunks];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = rounded(x[j] * rstd) * b[j];
-    put<INT4>(column, group, k, lane, packed(x));
+  for (int i = 0; i < chunks; ++i) by[i] = share.has(i) ? load8(gain + share.begin + 128 * i) : make_uint2(0, 0);
+#pragma unroll 1
+  for (int row = 0; row < columns; ++row) {
+    const int column = row + skipped;
+    uint2 four[chunks];
+    const u64* from[chunks];
+    bool wanted[chunks];
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) {
+      const int at = share.begin + 128 * i;
+      wanted[i] = share.has(i);
+      from[i] = box(number, column * m.k + at);
+      four[i] = make_uint2(0, 0);
+      if (WHICH == QKV && source == FRAME && wanted[i])
+        four[i] = embedded(column, at);
+      if (WHICH == SMALL_QKV && source == CODES && wanted[i]) {
+        if (codebook > 1 || column >= SLOTS)
+          four[i] = load8(given.projected[codebook - 1] + (u64)s.code[column % SLOTS][codebook - 1] * m.k + at);
+        else if (!PROJECTED)
+          four[i] = load8(given.hidden + column * m.k + at);
+      }
+    }
+    if (source == MAIL || (source == CODES && PROJECTED && codebook == 1 && column < SLOTS)) receive<chunks>(four, from, wanted, number);
+    float square = 0.f;
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) {
+      float x[4], b[4];
+      unpack(four[i], x);
+      unpack(by[i], b);
+      square += dot(x, x);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) b[j] *= x[j];
+      if (wanted[i]) {
+        *(uint2*)(raw + column * m.k + share.begin + 128 * i) = four[i];
+        put<WHICH>(row, share.begin + 128 * i, packed(b));
+      }
+    }
+    square = warp_sum(square);
+    if (share.lane == 0) s.squares[turn][row][(threadIdx.x >> 5) % m.parts] = square;
   }
-  workers_meet();
+  __syncwarp();
   mark(1);
 }
 
@@ -705,10 +782,16 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     int low = (int)0x80800000 >> SHIFT, n_low = n_inside;  // just above minus infinity
     high = max(max(f.a, f.b), max(f.c, f.d)) + 1;
     if (k == 1) low = high - 1, n_low = 0;
+    // The first thresholds lie close below the highest key, where most often all that is kept is found.
+    u32 reach = 32u << (16 - SHIFT);
 #pragma unroll 1
     while ((u32)high - (u32)low > 1u && n_low != k) {
       const u32 room = (u32)high - (u32)low, step = (room + 3u) >> 2;
-      const int m1 = (int)((u32)low + step), m2 = (int)((u32)low + min(room, 2 * step)), m3 = (int)((u32)low + min(room, 3 * step));
+      const bool near = step > reach && n_low == n_inside;
+      const int m1 = near ? (int)((u32)high - min(room - 1, 8 * reach)) : (int)((u32)low + step);
+      const int m2 = near ? (int)((u32)high - 2 * reach) : (int)((u32)low + min(room, 2 * step));
+      const int m3 = near ? (int)((u32)high - reach / 2) : (int)((u32)low + min(room, 3 * step));
+      reach <<= 4;
       u32 all = 0;
 #pragma unroll
       for (int i = 0; i < PER; ++i) all += (keys[i] >= m1) + ((keys[i] >= m2) << 10) + ((keys[i] >= m3) << 20);
@@ -786,64 +869,130 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     }
   }
   workers_meet();
-  mark(3);
+  mark(4);
+}
+
+// ---- attention: a block takes a key head, and a share of its cache ----
+
+__device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], given.capacity - 1); }
+__device__ __forceinline__ int n_splits(int length) { return greater(1, lesser(MOST_SPLITS, divided(length, SHARE))); }
+
+// The predictor's few positions are one share, and what is sent is done. The talker's shares are joined where they are
+// read. ``before``: the exchange of queries, keys and values; ``past``: positions of the predictor's cache.
+template <bool TALKER>
+__device__ __noinline__ void attend(int columns, u32 before, u32 number, int layer, int given_past) {
+  constexpr int groups = TALKER ? G : PG, heads = TALKER ? H : PH, repeats = heads / groups, most = TALKER ? MOST_SPLITS : 1;
+  constexpr int wide = TALKER ? QKV_N : SMALL_QKV_N, M = TALKER ? 4 : 1, width = TALKER ? D : E;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const Gains<width> gains(TALKER ? given.gains : given.small_gains, layer);
+  u16 *all_keys = TALKER ? given.keys : given.small_keys, *all_values = TALKER ? given.values : given.small_values;
+  const u16 *cos = TALKER ? given.cos : given.small_cos, *sin = TALKER ? given.sin : given.small_sin;
+  const float eps = TALKER ? given.eps : given.small_eps;
+  const int capacity = TALKER ? given.capacity : Q;
+  float* sums = s.attended;                             // [WARPS, repeats, HEAD_PITCH]
+  float* fresh = sums + WARPS * repeats * HEAD_PITCH;   // queries, the new key, the new value
+  float* peaks = fresh + (repeats + 2) * HEAD_PITCH;
+  float* weights = peaks + WARPS * repeats;
+#pragma unroll 1
+  for (int unit = blockIdx.x; unit < SLOTS * groups * most; unit += GRID) {
+    const int split = unit / (SLOTS * groups), slot = unit % (SLOTS * groups) / groups, group = unit % groups;
+#pragma unroll 1
+    for (int column = slot; column < columns; column += SLOTS) {
+      const int past = TALKER ? length_of(slot) : given_past + column / SLOTS, splits = TALKER ? n_splits(past + 1) : 1;
+      if (split >= splits) continue;
+      const bool last = split == splits - 1;
+      const u64 cache = ((u64)(layer * SLOTS + slot) * groups + group) * capacity * HD + 4 * lane;
+      const int share = divided(divided(past, splits), M) * M, end = min(past, (split + 1) * share);
+      int start = split * share + M * warp;
+      uint2 keys[M], values[M];
+      auto ask = [&]() {
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+          keys[i] = values[i] = make_uint2(0, 0);
+          if (start + i < end) {
+            keys[i] = load8(all_keys + cache + (u64)(start + i) * HD);
+            values[i] = load8(all_values + cache + (u64)(start + i) * HD);
+          }
+        }
+      };
+      ask();
+      if (warp < repeats + 2) {
+        const Turn turn(warp < repeats ? gains.query : gains.key, cos, sin, past);
+        const int head = warp < repeats ? group * repeats + warp : heads + group + (warp - repeats) * groups;
+        float x[4];
+        unpack(receive(before, column * wide + head * HD + 4 * lane), x);
+        if (warp <= repeats) turn(x, eps);
+        if (last && warp >= repeats) *(uint2*)((warp == repeats ? all_keys : all_values) + cache + (u64)past * HD) = packed(x);
+        *(float4*)(fresh + warp * HEAD_PITCH + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
+      }
+      workers_meet();
+      float q[repeats][4];
+      Softmax part[repeats];
+#pragma unroll
+      for (int r = 0; r < repeats; ++r) {
+        const float4 v = *(const float4*)(fresh + r * HEAD_PITCH + 4 * lane);
+        q[r][0] = v.x, q[r][1] = v.y, q[r][2] = v.z, q[r][3] = v.w;
+      }
+#pragma unroll 1
+      while (start < end) {
+#pragma unroll
+        for (int r = 0; r < repeats; ++r) part[r].template add<M>(q[r], keys, values, end - start);
+        start += M * WARPS;
+        ask();
+      }
+      if (last && warp == WARPS - 1) {
+        const float4 k4 = *(const float4*)(fresh + repeats * HEAD_PITCH + 4 * lane);
+        const float4 v4 = *(const float4*)(fresh + (repeats + 1) * HEAD_PITCH + 4 * lane);
+        const uint2 new_key[1] = {{two_bf(k4.x, k4.y), two_bf(k4.z, k4.w)}}, new_value[1] = {{two_bf(v4.x, v4.y), two_bf(v4.z, v4.w)}};
+#pragma unroll
+        for (int r = 0; r < repeats; ++r) part[r].template add<1>(q[r], new_key, new_value, 1);
+      }
+#pragma unroll
+      for (int r = 0; r < repeats; ++r) {
+        if (lane == 0) peaks[warp * repeats + r] = part[r].peak, weights[warp * repeats + r] = part[r].weight;
+        *(float4*)(sums + (warp * repeats + r) * HEAD_PITCH + 4 * lane) = make_float4(part[r].o[0], part[r].o[1], part[r].o[2], part[r].o[3]);
+      }
+      workers_meet();
+      // Four threads join two outputs of all warps.
+#pragma unroll 1
+      for (int out = tid >> 2; out < repeats * HD / 2; out += WORKERS / 4) {
+        const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), quarter = tid & 3;
+        float peak[WARPS / 4], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+        for (int i = 0; i < WARPS / 4; ++i) peak[i] = peaks[(quarter + 4 * i) * repeats + r], top = fmaxf(top, peak[i]);
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+#pragma unroll
+        for (int i = 0; i < WARPS / 4; ++i) {
+          const int w = (quarter + 4 * i) * repeats + r;
+          const float fade = __expf(peak[i] - top);
+          const float2 sum = *(const float2*)(sums + w * HEAD_PITCH + dim);
+          total += fade * weights[w], x += fade * sum.x, y += fade * sum.y;
+        }
+#pragma unroll
+        for (int d = 1; d < 4; d <<= 1)
+          total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
+        const float by = __fdividef(1.f, total);
+        const u32 both = two_bf(x * by, y * by);
+        const int head = group * repeats + r;
+#pragma unroll
+        for (int i = quarter; i < REPLICAS; i += 4) {
+          if (!TALKER) {
+            send(number, i, (column * heads * HD + head * HD + dim) / 2, both);
+          } else {
+            const int at = ((i * SLOTS + slot) * H + head) * MOST_SPLITS + split;
+            store(given.parts + (u64)at * (HD / 2) + dim / 2, make_uint2(both, number));
+            if (dim == 0) store(given.part_weights + (u64)at * 2, make_uint4(__float_as_uint(top), number, __float_as_uint(total), number));
+          }
+        }
+      }
+      workers_meet();
+    }
+  }
+  mark(5);
 }
 
 // ---- the predictor ----
-
-// Attention over a few positions: a warp takes a head, and every block does all of it, which is quicker than mail.
-__device__ __noinline__ void attend_small(int columns, u32 number, int layer, int past) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  constexpr int REPEATS = PH / PG;
-  const Gains<E> gains(given.small_gains, layer);
-#pragma unroll 1
-  for (int unit = warp; unit < PH * columns; unit += WARPS) {
-    const int head = unit % PH, column = unit / PH, slot = column % SLOTS, own = column / SLOTS, group = head / REPEATS;
-    const u64 cache = ((u64)(layer * SLOTS + slot) * PG + group) * Q * HD + 4 * lane;
-    const Turn query(gains.query, given.small_cos, given.small_sin, past + own), first_key(gains.key, given.small_cos, given.small_sin, past);
-    float q[4];
-    Softmax sum;
-    // The query, and the new keys and values up to its own.
-    uint2 fresh[5];
-#pragma unroll 1
-    for (int start = 0; start == 0 || start < past; start += 8) {
-      uint2 keys[8], values[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        keys[i] = values[i] = make_uint2(0, 0);
-        if (start + i < past) keys[i] = load8(given.small_keys + cache + (start + i) * HD), values[i] = load8(given.small_values + cache + (start + i) * HD);
-      }
-      if (start == 0) {
-        const int first = slot * SMALL_QKV_N + (PH + group) * HD + 4 * lane, second = first + SLOTS * SMALL_QKV_N;
-        const u64* const from[5] = {box(number, column * SMALL_QKV_N + head * HD + 4 * lane), box(number, first),
-                                    box(number, first + PG * HD), box(number, second), box(number, second + PG * HD)};
-        const bool wanted[5] = {true, true, true, own == 1, own == 1};
-        receive<5>(fresh, from, wanted, number);
-        unpack(fresh[0], q);
-        query(q, given.small_eps);
-      }
-      if (past > 0) sum.add<8>(q, keys, values, past - start);
-    }
-#pragma unroll 1
-    for (int i = 0; i <= own; ++i) {
-      float key[4];
-      unpack(fresh[i ? 3 : 1], key);
-      (i ? Turn(gains.key, given.small_cos, given.small_sin, past + 1) : first_key)(key, given.small_eps);
-      const uint2 keys[1] = {packed(key)}, values[1] = {i ? fresh[4] : fresh[2]};
-      sum.add<1>(q, keys, values, 1);
-      if (i == own && blockIdx.x == 0 && head % REPEATS == 0) {
-        *(uint2*)(given.small_keys + cache + (past + i) * HD) = keys[0];
-        *(uint2*)(given.small_values + cache + (past + i) * HD) = values[0];
-      }
-    }
-    const float by = __fdividef(1.f, sum.weight);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum.o[j] *= by;
-    put<PREDICTOR_INT4>(column, head, PH * HD, lane, packed(sum.o));
-  }
-  workers_meet();
-  mark(4);
-}
 
 __device__ __forceinline__ Place predict(Place place, u32& exchange) {
 #pragma unroll 1
@@ -852,19 +1001,18 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange) {
 #pragma unroll 1
     for (int layer = 0; layer < PL; ++layer) {
       const Gains<E> gains(given.small_gains, layer);
-      stage_normed<PREDICTOR_INT4>(E, columns, 0, exchange, layer ? MAIL : CODES, codebook, gains.attention, given.small_eps);
-      place = product<PREDICTOR_INT4>(place, SMALL_QKV, log, ++exchange, ROUNDED);
-      attend_small(columns, exchange, layer, both ? 0 : codebook);
-      place = product<PREDICTOR_INT4>(place, SMALL_OUT, log, ++exchange, ONTO_STREAM);
-      stage_normed<PREDICTOR_INT4>(E, columns, 0, exchange, MAIL, 0, gains.mlp, given.small_eps);
-      place = product<PREDICTOR_INT4>(place, SMALL_GATE_UP, log, ++exchange, ROUNDED);
-      stage<PREDICTOR_INT4>(J, columns, exchange);
-      place = product<PREDICTOR_INT4>(place, SMALL_DOWN, log, ++exchange, ONTO_STREAM);
+      stage_normed<SMALL_QKV>(columns, 0, place.turn, exchange, layer ? MAIL : CODES, codebook, gains.attention);
+      place = product<SMALL_QKV>(place, log, ++exchange, ROUNDED, given.small_eps);
+      attend<false>(columns, exchange, exchange + 1, layer, both ? 0 : codebook);
+      stage<SMALL_OUT>(columns, ++exchange);
+      place = product<SMALL_OUT>(place, log, ++exchange, ONTO_STREAM, 0.f);
+      stage_normed<SMALL_GATE_UP>(columns, 0, place.turn, exchange, MAIL, 0, gains.mlp);
+      place = product<SMALL_GATE_UP>(place, log, ++exchange, ROUNDED, given.small_eps);
+      stage<SMALL_DOWN>(columns, exchange);
+      place = product<SMALL_DOWN>(place, log, ++exchange, ONTO_STREAM, 0.f);
     }
-    // What block 0 sends next says that its part of the cache is there.
-    if (blockIdx.x == 0) fence();
-    stage_normed<false>(E, SLOTS, columns - SLOTS, exchange, MAIL, 0, Gains<E>(given.small_gains, PL).attention, given.small_eps);
-    place = product<false>(place, HEAD, log2_of(SLOTS), ++exchange, ROUNDED);
+    stage_normed<HEAD>(SLOTS, columns - SLOTS, place.turn, exchange, MAIL, 0, Gains<E>(given.small_gains, PL).attention);
+    place = product<HEAD>(place, log2_of(SLOTS), ++exchange, ROUNDED, given.small_eps);
     sample<W, false>(exchange, codebook);
   }
   return place;
@@ -872,129 +1020,46 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange) {
 
 // ---- the talker ----
 
-__device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], given.capacity - 1); }
-__device__ __forceinline__ int n_splits(int length) { return greater(1, lesser(MOST_SPLITS, divided(length, 64))); }
-
-// A block reads one share of one key head's cache; shares are joined where they are read.
-__device__ __forceinline__ void attend(u32 before, u32 number, int layer) {
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  const Gains<D> gains(given.gains, layer);
-  float* peaks = s.red;
-  float* weights = peaks + WARPS * REP;
-  float* sums = weights + WARPS * REP;
-  float* fresh = sums + WARPS * REP * HD;  // REP queries, the new key, the new value
-#pragma unroll 1
-  for (int unit = blockIdx.x; unit < SLOTS * G * MOST_SPLITS; unit += GRID) {
-    const int split = unit / (SLOTS * G), slot = unit % (SLOTS * G) / G, group = unit % G;
-    const int past = length_of(slot), splits = n_splits(past + 1);
-    if (split >= splits) continue;
-    const bool last = split == splits - 1;
-    const u64 cache = ((u64)(layer * SLOTS + slot) * G + group) * given.capacity * HD + 4 * lane;
-    const int share = divided(divided(past, splits), 4) * 4, end = min(past, (split + 1) * share);
-    int start = split * share + 4 * warp;
-    uint2 keys[4], values[4];
-    auto ask = [&]() {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        keys[i] = values[i] = make_uint2(0, 0);
-        if (start + i < end) {
-          keys[i] = load8(given.keys + cache + (u64)(start + i) * HD);
-          values[i] = load8(given.values + cache + (u64)(start + i) * HD);
-        }
-      }
-    };
-    ask();
-    if (warp < REP + 2) {
-      const Turn turn(warp < REP ? gains.query : gains.key, given.cos, given.sin, past);
-      const int head = warp < REP ? group * REP + warp : H + group + (warp - REP) * G;
-      float x[4];
-      unpack(receive(before, slot * QKV_N + head * HD + 4 * lane), x);
-      if (warp <= REP) turn(x, given.eps);
-      if (last && warp >= REP) *(uint2*)((warp == REP ? given.keys : given.values) + cache + (u64)past * HD) = packed(x);
-      *(float4*)(fresh + warp * HD + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
-    }
-    workers_meet();
-    float q[REP][4];
-    Softmax part[REP];
-#pragma unroll
-    for (int r = 0; r < REP; ++r) {
-      const float4 v = *(const float4*)(fresh + r * HD + 4 * lane);
-      q[r][0] = v.x, q[r][1] = v.y, q[r][2] = v.z, q[r][3] = v.w;
-    }
-#pragma unroll 1
-    while (start < end) {
-#pragma unroll
-      for (int r = 0; r < REP; ++r) part[r].add<4>(q[r], keys, values, end - start);
-      start += 4 * WARPS;
-      ask();
-    }
-    if (last && warp == 0) {
-      const float4 k4 = *(const float4*)(fresh + REP * HD + 4 * lane), v4 = *(const float4*)(fresh + (REP + 1) * HD + 4 * lane);
-      const uint2 new_key[1] = {{two_bf(k4.x, k4.y), two_bf(k4.z, k4.w)}}, new_value[1] = {{two_bf(v4.x, v4.y), two_bf(v4.z, v4.w)}};
-#pragma unroll
-      for (int r = 0; r < REP; ++r) part[r].add<1>(q[r], new_key, new_value, 1);
-    }
-#pragma unroll
-    for (int r = 0; r < REP; ++r) {
-      if (lane == 0) peaks[warp * REP + r] = part[r].peak, weights[warp * REP + r] = part[r].weight;
-      *(float4*)(sums + (warp * REP + r) * HD + 4 * lane) = make_float4(part[r].o[0], part[r].o[1], part[r].o[2], part[r].o[3]);
-    }
-    workers_meet();
-#pragma unroll 1
-    for (int out = tid; out < REP * HD / 2; out += WORKERS) {
-      const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), at = (slot * H + group * REP + r) * MOST_SPLITS + split;
-      float top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
-#pragma unroll 4
-      for (int w = 0; w < WARPS; ++w) top = fmaxf(top, peaks[w * REP + r]);
-#pragma unroll 4
-      for (int w = 0; w < WARPS; ++w) {
-        const float fade = __expf(peaks[w * REP + r] - top);
-        const float2 sum = *(const float2*)(sums + (w * REP + r) * HD + dim);
-        total += fade * weights[w * REP + r], x += fade * sum.x, y += fade * sum.y;
-      }
-      send_floats(given.parts + (u64)at * HD + dim, number, x, y);
-      if (dim == 0) send_floats(given.part_weights + (u64)at * 2, number, top, total);
-    }
-    workers_meet();
-  }
-  mark(5);
-}
-
 // Joins the shares of all heads into s.x.
-__device__ __forceinline__ void stage_attended(u32 number) {
+__device__ __noinline__ void stage_attended(u32 number) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll 1
   for (int unit = warp; unit < SLOTS * H; unit += WARPS) {
     const int slot = unit / H, head = unit % H, splits = n_splits(length_of(slot) + 1);
-    const u64* parts = given.parts + (u64)unit * MOST_SPLITS * HD + 4 * lane;
+    const u64 at = ((u64)replica() * SLOTS * H + unit) * MOST_SPLITS;
+    const u64* parts = given.parts + at * (HD / 2) + 2 * lane;
     uint2 got[1];
-    const u64* const weights[1] = {given.part_weights + (unit * MOST_SPLITS + min(lane, splits - 1)) * 2};
+    const u64* const weights[1] = {given.part_weights + (at + min(lane, splits - 1)) * 2};
     const bool always[1] = {true};
     receive<1>(got, weights, always, number);
-    const float peak = lane < splits ? __uint_as_float(got[0].x) : -1e30f, weight = __uint_as_float(got[0].y);
-    float top = peak;
+    float top = lane < splits ? __uint_as_float(got[0].x) : -1e30f;
+    const float peak = top, weight = __uint_as_float(got[0].y);
 #pragma unroll
     for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-    float fade = lane < splits ? __expf(peak - top) : 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
-    fade = __fdividef(fade, warp_sum(fade * weight));
+    float fade = lane < splits ? __expf(peak - top) * weight : 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
+    fade = __fdividef(fade, warp_sum(fade));
 #pragma unroll 1
-    for (int split = 0; split < splits; split += 2) {
-      const bool two = split + 1 < splits;
-      const u64* at = parts + split * HD;
-      const u64* const from[4] = {at, at + 2, at + HD, at + HD + 2};
-      const bool wanted[4] = {true, true, two, two};
+    for (int split = 0; split < splits; split += 4) {
       uint2 x[4];
-      x[2] = x[3] = make_uint2(0, 0);
+      const u64* from[4];
+      bool wanted[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) from[i] = parts + (split + i) * (HD / 2), wanted[i] = split + i < splits, x[i] = make_uint2(0, 0);
       receive<4>(x, from, wanted, number);
-      const float by = __shfl_sync(~0u, fade, split), then = __shfl_sync(~0u, fade, (split + 1) & 31);
-      o[0] += by * __uint_as_float(x[0].x) + then * __uint_as_float(x[2].x);
-      o[1] += by * __uint_as_float(x[0].y) + then * __uint_as_float(x[2].y);
-      o[2] += by * __uint_as_float(x[1].x) + then * __uint_as_float(x[3].x);
-      o[3] += by * __uint_as_float(x[1].y) + then * __uint_as_float(x[3].y);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float by = __shfl_sync(~0u, fade, (split + i) & 31);
+        float y[4];
+        unpack(x[i], y);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[j] += by * y[j];
+      }
     }
-    put<TALKER_INT4>(slot, head, H * HD, lane, packed(o));
+    put<OUT>(slot, head * HD + 4 * lane, packed(o));
   }
-  workers_meet();
+  // Where a warp multiplies another's head.
+  if constexpr (Share<OUT>::HEADS) __syncwarp();
+  else workers_meet();
   mark(1);
 }
 
@@ -1003,17 +1068,36 @@ __device__ __forceinline__ Place talk(Place place, u32& exchange) {
 #pragma unroll 1
   for (int layer = 0; layer < L; ++layer) {
     const Gains<D> gains(given.gains, layer);
-    stage_normed<TALKER_INT4>(D, SLOTS, 0, exchange, layer ? MAIL : FRAME, 0, gains.attention, given.eps);
-    place = product<TALKER_INT4>(place, QKV, log, ++exchange, ROUNDED);
-    attend(exchange, exchange + 1, layer);
+    stage_normed<QKV>(SLOTS, 0, place.turn, exchange, layer ? MAIL : FRAME, 0, gains.attention);
+    place = product<QKV>(place, log, ++exchange, ROUNDED, given.eps);
+    attend<true>(SLOTS, exchange, exchange + 1, layer, 0);
     stage_attended(++exchange);
-    place = product<TALKER_INT4>(place, OUT, log, ++exchange, ONTO_STREAM);
-    stage_normed<TALKER_INT4>(D, SLOTS, 0, exchange, MAIL, 0, gains.mlp, given.eps);
-    place = product<TALKER_INT4>(place, GATE_UP, log, ++exchange, ROUNDED);
-    stage<TALKER_INT4>(I, SLOTS, exchange);
-    place = product<TALKER_INT4>(place, DOWN, log, ++exchange, ONTO_STREAM);
+    place = product<OUT>(place, log, ++exchange, ONTO_STREAM, 0.f);
+    stage_normed<GATE_UP>(SLOTS, 0, place.turn, exchange, MAIL, 0, gains.mlp);
+    place = product<GATE_UP>(place, log, ++exchange, ROUNDED, given.eps);
+    stage<DOWN>(SLOTS, exchange);
+    place = product<DOWN>(place, log, ++exchange, ONTO_STREAM, 0.f);
   }
   return place;
+}
+
+// The hidden states, normed: block 0 writes them.
+__device__ __forceinline__ void conclude(u32 number) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = D / GROUP, at = warp * GROUP + 4 * lane;
+  const uint2 by = warp < groups ? load8(Gains<D>(given.gains, L).attention + at) : make_uint2(0, 0);
+#pragma unroll 1
+  for (int slot = 0; slot < SLOTS; ++slot) {
+    float x[4] = {0.f, 0.f, 0.f, 0.f}, b[4];
+    if (warp < groups) unpack(receive(number, slot * D + at), x);
+    const float square = warp_sum(dot(x, x));
+    if (lane == 0) s.squares[0][slot][warp] = square;
+    workers_meet();
+    const float rstd = rsqrtf(warp_sum(lane < WARPS ? s.squares[0][slot][lane] : 0.f) * (1.f / D) + given.eps);
+    unpack(by, b);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) b[j] *= rounded(x[j] * rstd);
+    if (warp < groups) *(uint2*)(given.hidden + slot * D + at) = packed(b);
+  }
 }
 
 // ---- the frame ----
@@ -1039,7 +1123,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
   if (tid == 0) {
     for (int i = 0; i < RING; ++i) {
       set_up(&s.full[i], 1);
-      set_up(&s.empty[i], TEAM);
+      set_up(&s.empty[i], WARPS);
     }
     all_set_up();
     s.n_marks = 0, s.ring_waits = 0;
@@ -1054,19 +1138,16 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
   mark(0);
   Place place;
   u32 exchange = *given.exchange;
-  stage<false>(D, SLOTS, 0);
-  place = product<false>(place, HEAD0, log2_of(SLOTS), ++exchange, ROUNDED);
+  stage<HEAD0>(SLOTS, 0);
+  place = product<HEAD0>(place, log2_of(SLOTS), ++exchange, ROUNDED, 0.f);
   const u32 logits = exchange;
-  if (PROJECTED) {
-    workers_meet();
-    place = product<false>(place, PROJECTION, log2_of(SLOTS), ++exchange, WITH_BIAS);
-  }
+  // Of the same rows.
+  if constexpr (PROJECTED) place = product<PROJECTION>(place, log2_of(SLOTS), ++exchange, WITH_BIAS, 0.f);
   sample<V, true>(logits, 0);
   place = predict(place, exchange);
   talk(place, exchange);
   if (blockIdx.x != 0) return;
-  stage_normed<false>(D, SLOTS, 0, exchange, MAIL, 0, Gains<D>(given.gains, L).attention, given.eps);
-  for (int i = tid; i < SLOTS * D / 8; i += WORKERS) ((uint4*)given.hidden)[i] = ((const uint4*)s.x)[i];
+  conclude(exchange);
   if (tid == 0) *given.exchange = exchange;
   if (tid < SLOTS * Q) {
     const int slot = tid / Q, codebook = tid % Q;

@@ -36,6 +36,8 @@ MOST_KEPT = 64
 """The most ids that may be drawn from: more need a sort that this kernel has not."""
 _HEAD_DIM = 128
 _MOST_SPLITS = 16
+_REPLICAS = 8
+"""How often what blocks hand each other is written: each block reads one of them."""
 _SHARED_BYTES = 232_448
 _THREADS = 544
 _POINTERS = (
@@ -115,12 +117,12 @@ def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | 
         or n_slots > MOST_SLOTS
         or any(len(kind) > 1 for kind in kinds)
         or any(of.head_dim != _HEAD_DIM or of.intermediate_size % _HEAD_DIM for of in (config, small))
-        or any(width & (width - 1) or not n_blocks * 4 <= width <= 2048 for width in widths)
+        or any(not n_blocks * 4 <= width <= 2048 for width in widths)
         or any(n_ids % 512 or n_ids >= 4096 for n_ids in (config.vocab_size, small.vocab_size))
     ):
         return None
     return {
-        "GRID": n_blocks, "MOST_SPLITS": _MOST_SPLITS, "SLOTS": n_slots, "D": config.hidden_size,
+        "GRID": n_blocks, "MOST_SPLITS": _MOST_SPLITS, "REPLICAS": _REPLICAS, "SLOTS": n_slots, "D": config.hidden_size,
         "I": config.intermediate_size, "H": config.num_attention_heads, "G": config.num_key_value_heads,
         "L": config.num_hidden_layers, "E": small.hidden_size, "J": small.intermediate_size,
         "PH": small.num_attention_heads, "PG": small.num_key_value_heads, "PL": small.num_hidden_layers,
@@ -161,8 +163,10 @@ def bound(
         "alive": slots.alive, "seen": slots.seen, "first": slots.first, "residual": slots.residual,
         "texts": slots.texts, "codes": slots.codes, "stops": slots.stops, "hidden": hidden,
         # Four boxes for up to two rows a slot, a word for every two values.
-        "boxes": words(4 * n_slots * max(widest(config), widest(small), config.vocab_size, small.vocab_size)),
-        "parts": words(n_shares * config.head_dim), "part_weights": words(n_shares * 2),
+        "boxes": words(
+            _REPLICAS * 4 * n_slots * max(widest(config), widest(small), config.vocab_size, small.vocab_size)
+        ),
+        "parts": words(_REPLICAS * n_shares * config.head_dim // 2), "part_weights": words(_REPLICAS * n_shares * 2),
         "exchange": words(1), "trace": words(8192 if traced else 4),
     }  # fmt: skip
     numbers = {
