@@ -199,39 +199,39 @@ def kernel_times(weights: Weights, batch: int) -> list[Row]:
 
 
 def time_line(weights: Weights) -> list[Row]:
-    """Where one block's cycles of a frame go in the one kernel: stage by stage, of the predictor and of the talker."""
+    """Where a frame's cycles go in the one kernel, stage by stage: the mean of all blocks' first warps."""
     from quaver.frame import FrameGraph
 
     config = weights.tts.config.talker_config
     frame = FrameGraph(weights, 1, 512, 64)
-    kernel = frame.kernel(traced=1)
+    kernel = frame.kernel(traced=True)
     if kernel is None:
         return [{"not here": "the one kernel does not fit this GPU"}]
     frame.join(0, prompts(weights.tts, 1)[0], 0, SAMPLED.sampling, SAMPLED.residual)
     for _ in range(20):
         kernel()
     torch.cuda.synchronize()
-    moments = kernel.trace.tolist()
-    steps = ("rows", "product", "sum")
+    steps = ("rows", "product", "others", "sum")
     layer = [f"{name} {step}" for name in ("qkv", "o", "gate_up", "down") for step in steps]
     layer.insert(len(steps), "attention")
-    names = ["start", *(f"first {step}" for step in steps)]
+    names = [*(f"first {step}" for step in steps)]
     if weights.projection is not None:
-        names += ["projection product", "projection sum"]
+        names += [f"projection {step}" for step in steps[1:]]
     names.append("first sample")
     for _ in range(config.num_code_groups - 1):
         names += config.code_predictor_config.num_hidden_layers * [f"predictor {name}" for name in layer]
         names += [*(f"predictor head {step}" for step in steps), "predictor sample"]
     names += config.num_hidden_layers * [f"talker {name}" for name in layer]
-    found: dict[str, Row] = {}
     # A moment: cycles, which, cycles waited for weights so far, nanoseconds.
-    for name, before, after in zip(names[1:], moments, moments[1:], strict=False):
-        row = found.setdefault(name, {"stage": name, "n": 0, "cycles": 0, "waited for weights": 0})
+    moments = kernel.trace[:, : len(names) + 1].double()
+    spent = (moments[:, 1:] - moments[:, :-1]).mean(0).tolist()
+    found: dict[str, Row] = {}
+    for name, (cycles, _, waited, _) in zip(names, spent, strict=True):
+        row = found.setdefault(name, {"stage": name, "n": 0, "cycles": 0.0, "waited for weights": 0.0})
         row["n"] += 1
-        row["cycles"] += after[0] - before[0]
-        row["waited for weights"] += after[2] - before[2]
-    end = moments[len(names) - 1]
-    cycles, ns = end[0] - moments[0][0], end[3] - moments[0][3]
+        row["cycles"] += cycles
+        row["waited for weights"] += waited
+    cycles, _, _, ns = (moments[0, -1] - moments[0, 0]).tolist()
     whole = {"stage": "frame", "n": 1, "cycles": cycles, "us": ns / 1e3, "ghz": cycles / max(ns, 1)}
     return [whole, *found.values()]
 

@@ -245,9 +245,9 @@ class FrameGraph:
         """The talker and the predictor at work."""
         return self._talker, self._predictor
 
-    def kernel(self, traced: int = 0) -> Persistent | None:
+    def kernel(self, *, traced: bool = False) -> Persistent | None:
         """The kernel that takes a step of this at once, None where it does not fit; ``traced``: see there."""
-        return Persistent.of(self.weights, self.slots, *self.stacks, self.hidden, traced)
+        return Persistent.of(self.weights, self.slots, *self.stacks, self.hidden, traced=traced)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Kernels are compiled and libraries woken by a first run; idle slots say nothing.

@@ -89,7 +89,7 @@ def stepping(graph, compiler, folder):
         return kernel
     constants = persistent.constants(graph.weights, graph.n_slots, N_BLOCKS)
     assert constants is not None
-    text = persistent.source({**constants, "TRACED": 0}, HERE / "cuda.h") + (HERE / "frame_on_cpu.cpp").read_text()
+    text = persistent.source({**constants, "TRACED": False}, HERE / "cuda.h") + (HERE / "frame_on_cpu.cpp").read_text()
     (folder / "frame.cpp").write_text(text)
     flags = "-std=c++17 -O2 -shared -fPIC -fno-strict-aliasing -w".split()
     subprocess.run([compiler, *flags, folder / "frame.cpp", "-o", folder / "frame.so"], check=True)

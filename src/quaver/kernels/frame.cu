@@ -197,10 +197,12 @@ __device__ __forceinline__ void give_up(u32 tries) {
   if (tries > MOST_TRIES) trap();
 }
 
-// The moments of one block's frame, where they are asked for: 1 rows are ready, 2 multiplied, 3 sent, 4 drawn, 5 attended.
+// The moments of each block's first warp, where they are asked for: 1 rows are ready, 2 multiplied, 3 all warps have,
+// 4 sent, 5 drawn, 6 attended.
+constexpr int MOST_MARKS = 4096;
 __device__ __forceinline__ void mark(int what) {
-  if (TRACED && blockIdx.x == TRACED - 1 && threadIdx.x == 0) {
-    u64* at = given.trace + 4 * s.n_marks++;
+  if (TRACED && threadIdx.x == 0 && s.n_marks < MOST_MARKS) {
+    u64* at = given.trace + 4 * (blockIdx.x * MOST_MARKS + s.n_marks++);
     at[0] = (u64)clock64(), at[1] = what, at[2] = s.ring_waits, at[3] = nanoseconds();
   }
 }
@@ -431,6 +433,7 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
   }
   mark(2);
   workers_meet();
+  mark(3);
   // Eight threads add up two outputs, and each sends one replica of them.
   constexpr int outs_log = log2_of(m.outs) - 1;
   const int pairs_log = columns_log + outs_log, pairs = tiles << pairs_log, q = lane & 7;
@@ -469,7 +472,7 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
       for (int i = q; i < REPLICAS; i += 8) send(number, i, (column * m.n + at) / 2, two_bf(x, y));
   }
   place.end(m.tiles);
-  mark(3);
+  mark(4);
   return place;
 }
 
@@ -869,7 +872,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     }
   }
   workers_meet();
-  mark(4);
+  mark(5);
 }
 
 // ---- attention: a block takes a key head, and a share of its cache ----
@@ -989,7 +992,7 @@ __device__ __noinline__ void attend(int columns, u32 before, u32 number, int lay
       workers_meet();
     }
   }
-  mark(5);
+  mark(6);
 }
 
 // ---- the predictor ----

@@ -36,9 +36,10 @@ MOST_KEPT = 64
 """The most ids that may be drawn from: more need a sort that this kernel has not."""
 _HEAD_DIM = 128
 _MOST_SPLITS = 16
-_REPLICAS = 8
+_REPLICAS = 1
 """How often what blocks hand each other is written: each block reads one of them."""
 _SHARED_BYTES = 232_448
+_MOST_MARKS = 4096
 _THREADS = 544
 _POINTERS = (
     "gains", "small_gains", "projection_bias", "keys", "values", "small_keys", "small_values", "cos", "sin",
@@ -59,11 +60,11 @@ class Persistent:
 
     @classmethod
     def of(
-        cls, weights: Weights, slots: Slots, talker: Stack, predictor: Stack, hidden: Tensor, traced: int = 0
+        cls, weights: Weights, slots: Slots, talker: Stack, predictor: Stack, hidden: Tensor, *, traced: bool = False
     ) -> Persistent | None:
         """The kernel that speaks a frame of ``slots``; None where the GPU, the model's shapes or storage do not fit.
 
-        ``traced``: the block, from 1 on, that leaves its moments in ``trace``.
+        ``traced``: blocks leave their moments in ``trace``, which makes it a little slower.
         """
         device = hidden.device
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or _nvrtc() is None:
@@ -72,14 +73,14 @@ class Persistent:
         found = constants(weights, len(hidden), n_blocks)
         if found is None or hidden.dtype != torch.bfloat16:
             return None
-        tensors, numbers, lists = bound(weights, slots, talker, predictor, hidden, traced)
+        tensors, numbers, lists = bound(weights, slots, talker, predictor, hidden, n_blocks if traced else 0)
         code = compiled({**found, "TRACED": traced}, device)
         return cls(code, n_blocks, arguments(tensors, numbers, lists), tensors)
 
     @property
     def trace(self) -> Tensor:
-        """The traced block's moments [n, 4]: cycles, which, cycles waited for weights, nanoseconds."""
-        return self._tensors["trace"].view(-1, 4)
+        """The moments of each block [blocks, n, 4]: cycles, which, cycles waited for weights, nanoseconds."""
+        return self._tensors["trace"].view(-1, _MOST_MARKS, 4)
 
     def __call__(self) -> None:
         stream = torch.cuda.current_stream(self._tensors["hidden"].device).cuda_stream
@@ -132,7 +133,7 @@ def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | 
 
 
 def bound(
-    weights: Weights, slots: Slots, talker: Stack, predictor: Stack, hidden: Tensor, traced: int = 0
+    weights: Weights, slots: Slots, talker: Stack, predictor: Stack, hidden: Tensor, n_traced: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, float], list[list[Tensor | None]]]:
     """What the kernel points to by name, its numbers, and its lists of pointers: embeddings, projected, weights."""
     model = weights.tts.talker
@@ -167,7 +168,7 @@ def bound(
             _REPLICAS * 4 * n_slots * max(widest(config), widest(small), config.vocab_size, small.vocab_size)
         ),
         "parts": words(_REPLICAS * n_shares * config.head_dim // 2), "part_weights": words(_REPLICAS * n_shares * 2),
-        "exchange": words(1), "trace": words(8192 if traced else 4),
+        "exchange": words(1), "trace": words(n_traced * _MOST_MARKS * 4 or 4),
     }  # fmt: skip
     numbers = {
         "eps": config.rms_norm_eps, "small_eps": small.rms_norm_eps, "stop_id": config.codec_eos_token_id,
