@@ -8,9 +8,10 @@
 // share of a product's inputs: it waits for those alone, and multiplies them with all the rows that its block has. Warps
 // meet once a product, when they add up what each of them has.
 //
-// Rows of activations are the columns of the tensor cores' m16n8k16, weights its rows: up to eight rows cost as much as
-// one. Fragments are read from weights as they lie in memory; the order of inputs within a step is free as long as
-// activations follow the same one.
+// Weights are the rows of the tensor cores' m16n8k16. A lane reads sixteen bytes of one row as they lie in memory, and hands
+// them over as two rows of which the second has every other pair: a column holds the activations that belong to the one or to
+// the other, and the row's product is the sum of two of the four outcomes. So one instruction takes all sixteen bytes, and
+// nothing is moved. Up to four rows of activations cost as much as one.
 //
 // Constants that persistent.py puts above: GRID blocks; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
 // heads, layers of the talker; E, J, PH, PG, PL of the predictor; V, W ids of the first and of the other codebooks;
@@ -101,19 +102,20 @@ constexpr bool all_take_part() {
   return true;
 }
 static_assert(all_fit(), "rows must split evenly");
-static_assert(SLOTS == 1 || SLOTS == 2 || SLOTS == 4, "rows are counted by their logarithm, and drawn by 128 threads each");
+static_assert(SLOTS == 1 || SLOTS == 2, "two columns a row, of eight, and two rows a slot");
 static_assert(all_take_part(), "too few rows for so many blocks");
 static_assert(D <= 128 * WARPS, "a warp keeps its share of a row in registers");
+static_assert(Q <= WARPS && SLOTS * PG <= GRID, "a warp takes a position of the predictor's, a block a head");
 
 constexpr int TABLE_ROOM = divided(most_tables(), 128) * 128;
 constexpr int ROW_ROOM = SLOT_BYTES + 16 * PAD;
 constexpr int RING_SLOT = ROW_ROOM + TABLE_ROOM;
 constexpr int WIDEST = greater(greater(greater(D, I), H * HD) * SLOTS, greater(greater(E, J), PH * HD) * COLS);
 constexpr int WIDE_D = greater(D * SLOTS, E * COLS);
-constexpr int MOST_REPEATS = greater(H / G, PH / PG);
 constexpr int RED_PITCH = 20;  // floats between sums of a warp each: eight rows meet eight banks
 constexpr int HEAD_PITCH = HD + 4;
-constexpr int ATTENDED = (WARPS * MOST_REPEATS + MOST_REPEATS + 2) * HEAD_PITCH + 2 * WARPS * MOST_REPEATS;
+constexpr int ATTENDED = (WARPS + 1) * (H / G) * HEAD_PITCH + 2 * HEAD_PITCH + 2 * WARPS * (H / G);
+constexpr int SMALL_REPEATS = PH / PG;
 
 struct Weight { const u8* values; const u8* scales; const u8* zeros; };
 constexpr int WEIGHTS = 1 + PROJECTED + 4 * PL + (Q - 1) + 4 * L;
@@ -157,6 +159,9 @@ struct Shared {
     alignas(16) float attended[ATTENDED];  // between two products
   };
   alignas(16) u16 raw[2][WIDE_D];     // the residual stream as it came into attention, and into the MLP
+  alignas(16) float fresh[SMALL_REPEATS + 1][HD];   // of the predictor's attention: queries, the new key
+  alignas(16) float scores[SMALL_REPEATS][WARPS];
+  alignas(16) u16 past_values[WARPS][HD];
   float squares[2][COLS][WARPS];
   float sums[WIDEST / GROUP];
   alignas(16) float score[SLOTS][MOST_KEPT], sorted[SLOTS][MOST_KEPT];
@@ -209,16 +214,38 @@ __device__ __forceinline__ void mark(int what) {
 
 // ---- the ring ----
 
-__device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
+__device__ __noinline__ void wait_longer(u64* gate, u32 parity) {
   u32 tries = 0;
   while (!passed(gate, parity)) give_up(++tries);
+}
+__device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
+  if (!passed(gate, parity)) wait_longer(gate, parity);
 }
 
 struct Place {
   int slot = 0, base = 0, turn = 0;  // turn: which of the two sets of sums is next
   u32 parity = 0;
+  // At most as many as the ring has.
   __device__ __forceinline__ void skip(int n) {
-    for (slot += n; slot >= RING; slot -= RING) parity ^= 1;
+    slot += n;
+    if (slot >= RING) slot -= RING, parity ^= 1;
+  }
+  // Waits until the next n slots are filled: a lane each.
+  __device__ __forceinline__ void wait(int n) const {
+    const int lane = threadIdx.x & 31, at = slot + lane, wrapped = at >= RING;
+    if (lane < n) wait_for(&s.full[wrapped ? at - RING : at], parity ^ wrapped);
+    __syncwarp();
+  }
+  __device__ __forceinline__ const u8* nth(int n) const {
+    const int at = slot + n;
+    return memory + (at >= RING ? at - RING : at) * RING_SLOT;
+  }
+  // A warp is done with the next n.
+  __device__ __forceinline__ void release(int n) {
+    const int lane = threadIdx.x & 31, at = slot + lane;
+    __syncwarp();
+    if (lane < n) arrive(&s.empty[at >= RING ? at - RING : at]);
+    skip(n);
   }
   // Tiles are dealt in turn over all products, so that no block has more to read than another.
   __device__ __forceinline__ int begin() const {
@@ -318,72 +345,18 @@ __device__ __forceinline__ uint2 receive(u32 number, int at) {
 
 enum { ROUNDED, ONTO_STREAM, WITH_BIAS };
 
-// A lane's activations of a step, as the tensor cores take them.
-template <int WHICH>
-__device__ __forceinline__ uint4 activations(int step, int quarter, int columns) {
-  constexpr Shape m = shape_of(WHICH);
-  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-  if (g >= columns) return make_uint4(0, 0, 0, 0);
-  return *(const uint4*)(s.x + g * m.k + (m.int4 ? step * GROUP + t * 32 + quarter * 8 : step * 32 + t * 8));
-}
+// What a lane hands the tensor cores of a step's activations, from x + 8 * (its own or, in 4 bits, its word's) on.
+__device__ __forceinline__ uint2 pairs(const u16* x) { return make_uint2(*(const u32*)x, *(const u32*)(x + 4)); }
 
-// A warp's steps of a tile's slot, float32 fragments: all of its share that lie in ``segment``. ``b``: activations.
-template <int WHICH, int KEPT>
-__device__ __forceinline__ void multiply_dense(float (&acc)[4], float (&more)[4], const u8* from, const uint4 (&b)[KEPT], int part, int segment) {
-  constexpr Shape m = shape_of(WHICH);
-  constexpr int steps = m.k / m.unit / m.segments;
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const u8* row = from + g * m.pitch + t * 16;
+// Products of eight rows and a group: 32 weights a lane.
+__device__ __forceinline__ void multiply_group(float (&c)[4], const uint4& weights, const uint2 (&b)[4]) {
+  const u32 w[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
-  for (int i = 0; i < m.share; ++i) {
-    const int step = part * m.share + i - segment * steps;
-    if (m.segments == 1 || (u32)step < (u32)steps) {
-      const uint4 a = *(const uint4*)(row + step * 64);
-      multiply(acc, a.x, 0, a.y, 0, b[i].x, b[i].y);
-      multiply(more, a.z, 0, a.w, 0, b[i].z, b[i].w);
-    }
-  }
-}
-template <int WHICH, int KEPT>
-__device__ __forceinline__ void multiply_int4(float (&acc)[4], const u8* from, const uint4 (&b)[KEPT], int part, int segment, int columns) {
-  constexpr Shape m = shape_of(WHICH);
-  constexpr int steps = m.groups / m.segments;
-  constexpr bool wide = m.rows == 16;
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-#pragma unroll 1
-  for (int i = 0; i < m.share; ++i) {
-    const int group = part * m.share + i, step = group - segment * steps;
-    if (m.segments > 1 && (u32)step >= (u32)steps) continue;
-    const u8* row = from + g * m.pitch + t * 16 + step * 64;
-    const u16* scales = (const u16*)(from + ROW_ROOM) + g * m.groups + group;
-    const u8* zeros = from + ROW_ROOM + 2 * m.rows * m.groups + g * m.groups + group;
-    const uint4 low = *(const uint4*)row, high = wide ? *(const uint4*)(row + 8 * m.pitch) : make_uint4(0, 0, 0, 0);
-    float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
-    const u32 w[4] = {low.x, low.y, low.z, low.w}, v[4] = {high.x, high.y, high.z, high.w};
+  for (int e = 0; e < 4; ++e) {
+    u32 p[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const uint4 x = m.share == 1 ? b[e & (KEPT - 1)] : activations<WHICH>(group, e, columns);
-      u32 p[4], q[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        p[j] = ((w[e] >> (4 * j)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
-        q[j] = wide ? ((v[e] >> (4 * j)) & 0x000f000fu) | 0x43004300u : 0;
-      }
-      multiply(c[0], p[0], q[0], p[1], q[1], x.x, x.y);
-      multiply(c[1], p[2], q[2], p[3], q[3], x.z, x.w);
-    }
-    if (2 * t < columns) {
-      const float* sums = s.sums + 2 * t * m.groups + group;
-      const float sum0 = sums[0], sum1 = columns > 1 ? sums[m.groups] : 0.f;
-      float scale = half(scales[0]), zero = 128.f + zeros[0];
-      acc[0] += scale * (c[0][0] + c[1][0] - zero * sum0);
-      acc[1] += scale * (c[0][1] + c[1][1] - zero * sum1);
-      if (wide) {
-        scale = half(scales[8 * m.groups]), zero = 128.f + zeros[8 * m.groups];
-        acc[2] += scale * (c[0][2] + c[1][2] - zero * sum0);
-        acc[3] += scale * (c[0][3] + c[1][3] - zero * sum1);
-      }
-    }
+    for (int j = 0; j < 4; ++j) p[j] = ((w[e] >> (4 * j)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
+    multiply(c, p[0], p[1], p[2], p[3], b[e].x, b[e].y);
   }
 }
 
@@ -393,41 +366,87 @@ __device__ __forceinline__ void multiply_int4(float (&acc)[4], const u8* from, c
 template <int WHICH>
 __device__ __noinline__ Place product(Place place, int columns_log, u32 number, int finish, float eps) {
   constexpr Shape m = shape_of(WHICH);
-  constexpr int sets = WARPS / m.parts, kept = m.int4 ? (m.share == 1 ? 4 : 1) : m.share;
+  // Tiles of one slot are taken several at once, others slot by slot.
+  constexpr int sets = WARPS / m.parts, at_once = !m.int4 && m.segments == 1 ? 4 : 1, halves = m.rows / 8;
+  constexpr int steps = m.k / m.unit / m.segments, kept = m.int4 ? 4 : m.share;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int part = warp % m.parts, columns = 1 << columns_log;
   const int first = place.begin(), tiles = first < m.tiles ? divided(m.tiles - first, GRID) : 0;
   float* red = s.red[place.turn];
-  uint4 b[kept];
+  // Two columns a row: what belongs to the even pairs of eight inputs, and to the odd ones.
+  const bool active = g < 2 * columns;
+  const u16* x = s.x + (g >> 1) * m.k + 2 * (g & 1) + part * m.share * m.unit + (m.int4 ? 32 : 8) * t;
+  uint2 b[kept];
 #pragma unroll
-  for (int i = 0; i < kept; ++i) b[i] = m.int4 ? activations<WHICH>(part, i, columns) : activations<WHICH>(part * m.share + i, 0, columns);
+  for (int i = 0; i < kept; ++i) b[i] = active && (!m.int4 || m.share == 1) ? pairs(x + (m.int4 ? 8 : 32) * i) : make_uint2(0, 0);
 #pragma unroll 1
-  for (int nth = 0; nth < tiles; ++nth) {
-    float acc[4] = {0.f, 0.f, 0.f, 0.f}, more[4] = {0.f, 0.f, 0.f, 0.f};
-    const bool mine = sets == 1 || nth % sets == warp / m.parts;
-#pragma unroll 1
-    for (int segment = 0; segment < m.segments; ++segment) {
-      const long long before = TRACED ? clock64() : 0;
-      wait_for(&s.full[place.slot], place.parity);
-      if (TRACED && tid == 0) s.ring_waits += clock64() - before;
-      const u8* from = memory + place.slot * RING_SLOT;
-      if (mine) {
-        if constexpr (m.int4)
-          multiply_int4<WHICH>(acc, from, b, part, segment, columns);
-        else
-          multiply_dense<WHICH>(acc, more, from, b, part, segment);
+  for (int start = 0; start < tiles; start += at_once) {
+    float sums[at_once * halves];
+    const u8* slots[at_once * m.segments];
+    const long long before = TRACED ? clock64() : 0;
+    const int now = at_once == 1 ? m.segments : lesser(at_once, tiles - start);
+    place.wait(now);
+    if (TRACED && tid == 0) s.ring_waits += clock64() - before;
+#pragma unroll
+    for (int i = 0; i < at_once * m.segments; ++i) slots[i] = place.nth(i);
+    if constexpr (!m.int4) {
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        if (at_once > 1 && i >= now) continue;
+        if (sets > 1 && (start + i) % sets != warp / m.parts) continue;
+        float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
+#pragma unroll
+        for (int j = 0; j < m.share; ++j) {
+          int step = part * m.share + j;
+          const u8* from = slots[i];
+#pragma unroll
+          for (int segment = 1; segment < m.segments; ++segment)
+            if (step >= segment * steps) from = slots[i + segment] - 64 * segment * steps;
+          const uint4 a = *(const uint4*)(from + g * m.pitch + t * 16 + step * 64);
+          multiply(c[j & 1], a.x, a.y, a.z, a.w, b[j].x, b[j].y);
+        }
+        sums[i] = c[0][0] + c[0][3] + (c[1][0] + c[1][3]);
       }
-      __syncwarp();
-      if (lane == 0) arrive(&s.empty[place.slot]);
-      place.skip(1);
+    } else if (sets == 1 || start % sets == warp / m.parts) {
+#pragma unroll
+      for (int h = 0; h < halves; ++h) sums[h] = 0.f;
+      const float* x_sums = s.sums + min(t, columns - 1) * m.groups + part * m.share;
+#pragma unroll 1
+      for (int i = 0; i < m.share; ++i) {
+        const int group = part * m.share + i;
+        const u8 *from = slots[0] + group * 64, *tables = slots[0] + ROW_ROOM;
+#pragma unroll
+        for (int segment = 1; segment < m.segments; ++segment)
+          if (group >= segment * steps) from = slots[segment] + (group - segment * steps) * 64;
+        if (m.share > 1)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (active) b[e] = pairs(x + i * GROUP + 8 * e);
+        const float x_sum = x_sums[i];
+        uint4 a[halves];
+        float scale[halves], zero[halves];
+#pragma unroll
+        for (int h = 0; h < halves; ++h) {
+          a[h] = *(const uint4*)(from + (8 * h + g) * m.pitch + t * 16);
+          scale[h] = half(((const u16*)tables)[(8 * h + g) * m.groups + group]);
+          zero[h] = 128.f + (tables + 2 * m.rows * m.groups)[(8 * h + g) * m.groups + group];
+        }
+#pragma unroll
+        for (int h = 0; h < halves; ++h) {
+          float c[4] = {0.f, 0.f, 0.f, 0.f};
+          multiply_group(c, a[h], b);
+          sums[h] += scale[h] * (c[0] + c[3] - zero[h] * x_sum);
+        }
+      }
     }
-    if (mine && 2 * t < columns) {
-      float* to = red + (((nth * m.rows + g) << columns_log) + 2 * t) * RED_PITCH + part;
-      to[0] = acc[0] + more[0];
-      if (columns > 1) to[RED_PITCH] = acc[1] + more[1];
-      if (m.rows == 16) {
-        to[(8 << columns_log) * RED_PITCH] = acc[2];
-        if (columns > 1) to[((8 << columns_log) + 1) * RED_PITCH] = acc[3];
+    place.release(now);
+    if (t < columns) {
+#pragma unroll
+      for (int i = 0; i < at_once * halves; ++i) {
+        const int nth = start + i / halves;
+        if (at_once > 1 && i >= now) continue;
+        if (sets == 1 || nth % sets == warp / m.parts)
+          red[(((nth * m.rows + 8 * (i % halves) + g) << columns_log) + t) * RED_PITCH + part] = sums[i];
       }
     }
   }
@@ -554,8 +573,8 @@ enum { MAIL, CODES, FRAME };
 // The same for what an RMS norm stands before: rows from the mail, or the embeddings of the code before ``codebook``, or
 // of the whole frame; the first ``skipped`` rows are left out. What the norm divides by is left to the product: squares
 // go to s.squares, and the rows as they came to s.raw.
-template <int WHICH>
-__device__ __noinline__ void stage_normed(int columns, int skipped, int turn, u32 number, int source, int codebook, const u16* gain) {
+template <int WHICH, int SOURCE>
+__device__ __noinline__ void stage_normed(int columns, int skipped, int turn, u32 number, int codebook, const u16* gain) {
   constexpr Shape m = shape_of(WHICH);
   const Share<WHICH> share;
   constexpr int chunks = Share<WHICH>::CHUNKS;
@@ -576,16 +595,15 @@ __device__ __noinline__ void stage_normed(int columns, int skipped, int turn, u3
       wanted[i] = share.has(i);
       from[i] = box(number, column * m.k + at);
       four[i] = make_uint2(0, 0);
-      if (WHICH == QKV && source == FRAME && wanted[i])
-        four[i] = embedded(column, at);
-      if (WHICH == SMALL_QKV && source == CODES && wanted[i]) {
+      if (SOURCE == FRAME && wanted[i]) four[i] = embedded(column, at);
+      if (SOURCE == CODES && wanted[i]) {
         if (codebook > 1 || column >= SLOTS)
           four[i] = load8(given.projected[codebook - 1] + (u64)s.code[column % SLOTS][codebook - 1] * m.k + at);
         else if (!PROJECTED)
           four[i] = load8(given.hidden + column * m.k + at);
       }
     }
-    if (source == MAIL || (source == CODES && PROJECTED && codebook == 1 && column < SLOTS)) receive<chunks>(four, from, wanted, number);
+    if (SOURCE == MAIL || (SOURCE == CODES && PROJECTED && codebook == 1 && column < SLOTS)) receive<chunks>(four, from, wanted, number);
     float square = 0.f;
 #pragma unroll
     for (int i = 0; i < chunks; ++i) {
@@ -596,7 +614,7 @@ __device__ __noinline__ void stage_normed(int columns, int skipped, int turn, u3
 #pragma unroll
       for (int j = 0; j < 4; ++j) b[j] *= x[j];
       if (wanted[i]) {
-        *(uint2*)(raw + column * m.k + share.begin + 128 * i) = four[i];
+        if (WHICH != HEAD) *(uint2*)(raw + column * m.k + share.begin + 128 * i) = four[i];
         put<WHICH>(row, share.begin + 128 * i, packed(b));
       }
     }
@@ -880,117 +898,167 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
 __device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], given.capacity - 1); }
 __device__ __forceinline__ int n_splits(int length) { return greater(1, lesser(MOST_SPLITS, divided(length, SHARE))); }
 
-// The predictor's few positions are one share, and what is sent is done. The talker's shares are joined where they are
-// read. ``before``: the exchange of queries, keys and values; ``past``: positions of the predictor's cache.
-template <bool TALKER>
-__device__ __noinline__ void attend(int columns, u32 before, u32 number, int layer, int given_past) {
-  constexpr int groups = TALKER ? G : PG, heads = TALKER ? H : PH, repeats = heads / groups, most = TALKER ? MOST_SPLITS : 1;
-  constexpr int wide = TALKER ? QKV_N : SMALL_QKV_N, M = TALKER ? 4 : 1, width = TALKER ? D : E;
+// The predictor's: a warp takes a position. Blocks that have a head call it.
+__device__ __noinline__ void attend_small(int columns, u32 number, int layer, int given_past) {
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, slot = blockIdx.x / PG, group = blockIdx.x % PG;
+  const Gains<E> gains(given.small_gains, layer);
+  const u64 cache = ((u64)(layer * SLOTS + slot) * PG + group) * Q * HD + 4 * lane;
+#pragma unroll 1
+  for (int column = slot; column < columns; column += SLOTS) {
+    const int past = given_past + column / SLOTS;
+    uint2 key = make_uint2(0, 0), value = key;
+    if (warp < past) key = load8(given.small_keys + cache + warp * HD), value = load8(given.small_values + cache + warp * HD);
+    if (warp < SMALL_REPEATS + 2) {
+      const Turn turn(warp < SMALL_REPEATS ? gains.query : gains.key, given.small_cos, given.small_sin, past);
+      const int head = warp < SMALL_REPEATS ? group * SMALL_REPEATS + warp : PH + group + (warp - SMALL_REPEATS) * PG;
+      const uint2 four = receive(number - 1, column * SMALL_QKV_N + head * HD + 4 * lane);
+      if (warp == SMALL_REPEATS + 1) {
+        *(uint2*)(given.small_values + cache + past * HD) = four;
+        *(uint2*)(s.past_values[past] + 4 * lane) = four;
+      } else {
+        float x[4];
+        unpack(four, x);
+        turn(x, given.small_eps);
+        if (warp == SMALL_REPEATS) *(uint2*)(given.small_keys + cache + past * HD) = packed(x);
+        *(float4*)(s.fresh[warp] + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
+      }
+    }
+    if (warp < past) *(uint2*)(s.past_values[warp] + 4 * lane) = value;
+    workers_meet();
+    if (warp <= past) {
+      float k[4], score[SMALL_REPEATS];
+      unpack(key, k);
+      if (warp == past) {
+        const float4 fresh = *(const float4*)(s.fresh[SMALL_REPEATS] + 4 * lane);
+        k[0] = fresh.x, k[1] = fresh.y, k[2] = fresh.z, k[3] = fresh.w;
+      }
+#pragma unroll
+      for (int r = 0; r < SMALL_REPEATS; ++r) {
+        const float4 q = *(const float4*)(s.fresh[r] + 4 * lane);
+        score[r] = q.x * k[0] + q.y * k[1] + q.z * k[2] + q.w * k[3];
+      }
+      const float sum = warp_sums<SMALL_REPEATS>(score) * rsqrtf((float)HD);
+      if (lane % (32 / SMALL_REPEATS) == 0) s.scores[lane / (32 / SMALL_REPEATS)][warp] = sum;
+    }
+    workers_meet();
+    if (tid < SMALL_REPEATS * HD / 2) {
+      const int r = tid / (HD / 2), dim = 2 * (tid % (HD / 2));
+      float top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
+#pragma unroll 4
+      for (int i = 0; i <= past; ++i) top = fmaxf(top, s.scores[r][i]);
+#pragma unroll 4
+      for (int i = 0; i <= past; ++i) {
+        const float by = __expf(s.scores[r][i] - top);
+        const u32 both = *(const u32*)(s.past_values[i] + dim);
+        total += by, x += by * bf_low(both), y += by * bf_high(both);
+      }
+      const float by = __fdividef(1.f, total);
+#pragma unroll
+      for (int i = 0; i < REPLICAS; ++i)
+        send(number, i, (column * PH * HD + (group * SMALL_REPEATS + r) * HD + dim) / 2, two_bf(x * by, y * by));
+    }
+    if (column + SLOTS < columns) workers_meet();
+  }
+  mark(6);
+}
+
+// The talker's: a warp takes four positions at a time. Shares are joined where they are read.
+__device__ __noinline__ void attend(u32 number, int layer) {
+  constexpr int repeats = H / G, M = 4;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  const Gains<width> gains(TALKER ? given.gains : given.small_gains, layer);
-  u16 *all_keys = TALKER ? given.keys : given.small_keys, *all_values = TALKER ? given.values : given.small_values;
-  const u16 *cos = TALKER ? given.cos : given.small_cos, *sin = TALKER ? given.sin : given.small_sin;
-  const float eps = TALKER ? given.eps : given.small_eps;
-  const int capacity = TALKER ? given.capacity : Q;
+  const Gains<D> gains(given.gains, layer);
   float* sums = s.attended;                             // [WARPS, repeats, HEAD_PITCH]
   float* fresh = sums + WARPS * repeats * HEAD_PITCH;   // queries, the new key, the new value
   float* peaks = fresh + (repeats + 2) * HEAD_PITCH;
   float* weights = peaks + WARPS * repeats;
 #pragma unroll 1
-  for (int unit = blockIdx.x; unit < SLOTS * groups * most; unit += GRID) {
-    const int split = unit / (SLOTS * groups), slot = unit % (SLOTS * groups) / groups, group = unit % groups;
-#pragma unroll 1
-    for (int column = slot; column < columns; column += SLOTS) {
-      const int past = TALKER ? length_of(slot) : given_past + column / SLOTS, splits = TALKER ? n_splits(past + 1) : 1;
-      if (split >= splits) continue;
-      const bool last = split == splits - 1;
-      const u64 cache = ((u64)(layer * SLOTS + slot) * groups + group) * capacity * HD + 4 * lane;
-      const int share = divided(divided(past, splits), M) * M, end = min(past, (split + 1) * share);
-      int start = split * share + M * warp;
-      uint2 keys[M], values[M];
-      auto ask = [&]() {
+  for (int unit = blockIdx.x; unit < SLOTS * G * MOST_SPLITS; unit += GRID) {
+    const int split = unit / (SLOTS * G), slot = unit % (SLOTS * G) / G, group = unit % G;
+    const int past = length_of(slot), splits = n_splits(past + 1);
+    if (split >= splits) continue;
+    const bool last = split == splits - 1;
+    const u64 cache = ((u64)(layer * SLOTS + slot) * G + group) * given.capacity * HD + 4 * lane;
+    const int share = divided(divided(past, splits), M) * M, end = min(past, (split + 1) * share);
+    int start = split * share + M * warp;
+    uint2 keys[M], values[M];
+    auto ask = [&]() {
 #pragma unroll
-        for (int i = 0; i < M; ++i) {
-          keys[i] = values[i] = make_uint2(0, 0);
-          if (start + i < end) {
-            keys[i] = load8(all_keys + cache + (u64)(start + i) * HD);
-            values[i] = load8(all_values + cache + (u64)(start + i) * HD);
-          }
-        }
-      };
-      ask();
-      if (warp < repeats + 2) {
-        const Turn turn(warp < repeats ? gains.query : gains.key, cos, sin, past);
-        const int head = warp < repeats ? group * repeats + warp : heads + group + (warp - repeats) * groups;
-        float x[4];
-        unpack(receive(before, column * wide + head * HD + 4 * lane), x);
-        if (warp <= repeats) turn(x, eps);
-        if (last && warp >= repeats) *(uint2*)((warp == repeats ? all_keys : all_values) + cache + (u64)past * HD) = packed(x);
-        *(float4*)(fresh + warp * HEAD_PITCH + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
-      }
-      workers_meet();
-      float q[repeats][4];
-      Softmax part[repeats];
-#pragma unroll
-      for (int r = 0; r < repeats; ++r) {
-        const float4 v = *(const float4*)(fresh + r * HEAD_PITCH + 4 * lane);
-        q[r][0] = v.x, q[r][1] = v.y, q[r][2] = v.z, q[r][3] = v.w;
-      }
-#pragma unroll 1
-      while (start < end) {
-#pragma unroll
-        for (int r = 0; r < repeats; ++r) part[r].template add<M>(q[r], keys, values, end - start);
-        start += M * WARPS;
-        ask();
-      }
-      if (last && warp == WARPS - 1) {
-        const float4 k4 = *(const float4*)(fresh + repeats * HEAD_PITCH + 4 * lane);
-        const float4 v4 = *(const float4*)(fresh + (repeats + 1) * HEAD_PITCH + 4 * lane);
-        const uint2 new_key[1] = {{two_bf(k4.x, k4.y), two_bf(k4.z, k4.w)}}, new_value[1] = {{two_bf(v4.x, v4.y), two_bf(v4.z, v4.w)}};
-#pragma unroll
-        for (int r = 0; r < repeats; ++r) part[r].template add<1>(q[r], new_key, new_value, 1);
-      }
-#pragma unroll
-      for (int r = 0; r < repeats; ++r) {
-        if (lane == 0) peaks[warp * repeats + r] = part[r].peak, weights[warp * repeats + r] = part[r].weight;
-        *(float4*)(sums + (warp * repeats + r) * HEAD_PITCH + 4 * lane) = make_float4(part[r].o[0], part[r].o[1], part[r].o[2], part[r].o[3]);
-      }
-      workers_meet();
-      // Four threads join two outputs of all warps.
-#pragma unroll 1
-      for (int out = tid >> 2; out < repeats * HD / 2; out += WORKERS / 4) {
-        const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), quarter = tid & 3;
-        float peak[WARPS / 4], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
-#pragma unroll
-        for (int i = 0; i < WARPS / 4; ++i) peak[i] = peaks[(quarter + 4 * i) * repeats + r], top = fmaxf(top, peak[i]);
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-#pragma unroll
-        for (int i = 0; i < WARPS / 4; ++i) {
-          const int w = (quarter + 4 * i) * repeats + r;
-          const float fade = __expf(peak[i] - top);
-          const float2 sum = *(const float2*)(sums + w * HEAD_PITCH + dim);
-          total += fade * weights[w], x += fade * sum.x, y += fade * sum.y;
-        }
-#pragma unroll
-        for (int d = 1; d < 4; d <<= 1)
-          total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
-        const float by = __fdividef(1.f, total);
-        const u32 both = two_bf(x * by, y * by);
-        const int head = group * repeats + r;
-#pragma unroll
-        for (int i = quarter; i < REPLICAS; i += 4) {
-          if (!TALKER) {
-            send(number, i, (column * heads * HD + head * HD + dim) / 2, both);
-          } else {
-            const int at = ((i * SLOTS + slot) * H + head) * MOST_SPLITS + split;
-            store(given.parts + (u64)at * (HD / 2) + dim / 2, make_uint2(both, number));
-            if (dim == 0) store(given.part_weights + (u64)at * 2, make_uint4(__float_as_uint(top), number, __float_as_uint(total), number));
-          }
+      for (int i = 0; i < M; ++i) {
+        keys[i] = values[i] = make_uint2(0, 0);
+        if (start + i < end) {
+          keys[i] = load8(given.keys + cache + (u64)(start + i) * HD);
+          values[i] = load8(given.values + cache + (u64)(start + i) * HD);
         }
       }
-      workers_meet();
+    };
+    ask();
+    if (warp < repeats + 2) {
+      const Turn turn(warp < repeats ? gains.query : gains.key, given.cos, given.sin, past);
+      const int head = warp < repeats ? group * repeats + warp : H + group + (warp - repeats) * G;
+      float x[4];
+      unpack(receive(number - 1, slot * QKV_N + head * HD + 4 * lane), x);
+      if (warp <= repeats) turn(x, given.eps);
+      if (last && warp >= repeats) *(uint2*)((warp == repeats ? given.keys : given.values) + cache + (u64)past * HD) = packed(x);
+      *(float4*)(fresh + warp * HEAD_PITCH + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
     }
+    workers_meet();
+    float q[repeats][4];
+    Softmax part[repeats];
+#pragma unroll
+    for (int r = 0; r < repeats; ++r) {
+      const float4 v = *(const float4*)(fresh + r * HEAD_PITCH + 4 * lane);
+      q[r][0] = v.x, q[r][1] = v.y, q[r][2] = v.z, q[r][3] = v.w;
+    }
+#pragma unroll 1
+    while (start < end) {
+#pragma unroll
+      for (int r = 0; r < repeats; ++r) part[r].template add<M>(q[r], keys, values, end - start);
+      start += M * WARPS;
+      ask();
+    }
+    if (last && warp == WARPS - 1) {
+      const float4 k4 = *(const float4*)(fresh + repeats * HEAD_PITCH + 4 * lane);
+      const float4 v4 = *(const float4*)(fresh + (repeats + 1) * HEAD_PITCH + 4 * lane);
+      const uint2 new_key[1] = {{two_bf(k4.x, k4.y), two_bf(k4.z, k4.w)}}, new_value[1] = {{two_bf(v4.x, v4.y), two_bf(v4.z, v4.w)}};
+#pragma unroll
+      for (int r = 0; r < repeats; ++r) part[r].template add<1>(q[r], new_key, new_value, 1);
+    }
+#pragma unroll
+    for (int r = 0; r < repeats; ++r) {
+      if (lane == 0) peaks[warp * repeats + r] = part[r].peak, weights[warp * repeats + r] = part[r].weight;
+      *(float4*)(sums + (warp * repeats + r) * HEAD_PITCH + 4 * lane) = make_float4(part[r].o[0], part[r].o[1], part[r].o[2], part[r].o[3]);
+    }
+    workers_meet();
+    // Four threads join two outputs of all warps.
+#pragma unroll 1
+    for (int out = tid >> 2; out < repeats * HD / 2; out += WORKERS / 4) {
+      const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), quarter = tid & 3;
+      float peak[WARPS / 4], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+      for (int i = 0; i < WARPS / 4; ++i) peak[i] = peaks[(quarter + 4 * i) * repeats + r], top = fmaxf(top, peak[i]);
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+#pragma unroll
+      for (int i = 0; i < WARPS / 4; ++i) {
+        const int w = (quarter + 4 * i) * repeats + r;
+        const float fade = __expf(peak[i] - top);
+        const float2 sum = *(const float2*)(sums + w * HEAD_PITCH + dim);
+        total += fade * weights[w], x += fade * sum.x, y += fade * sum.y;
+      }
+#pragma unroll
+      for (int d = 1; d < 4; d <<= 1)
+        total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
+      const float by = __fdividef(1.f, total);
+      const u32 both = two_bf(x * by, y * by);
+      const int head = group * repeats + r;
+#pragma unroll
+      for (int i = quarter; i < REPLICAS; i += 4) {
+        const int at = ((i * SLOTS + slot) * H + head) * MOST_SPLITS + split;
+        store(given.parts + (u64)at * (HD / 2) + dim / 2, make_uint2(both, number));
+        if (dim == 0) store(given.part_weights + (u64)at * 2, make_uint4(__float_as_uint(top), number, __float_as_uint(total), number));
+      }
+    }
+    workers_meet();
   }
   mark(6);
 }
@@ -1004,17 +1072,21 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange) {
 #pragma unroll 1
     for (int layer = 0; layer < PL; ++layer) {
       const Gains<E> gains(given.small_gains, layer);
-      stage_normed<SMALL_QKV>(columns, 0, place.turn, exchange, layer ? MAIL : CODES, codebook, gains.attention);
+      if (layer == 0)
+        stage_normed<SMALL_QKV, CODES>(columns, 0, place.turn, exchange, codebook, gains.attention);
+      else
+        stage_normed<SMALL_QKV, MAIL>(columns, 0, place.turn, exchange, 0, gains.attention);
       place = product<SMALL_QKV>(place, log, ++exchange, ROUNDED, given.small_eps);
-      attend<false>(columns, exchange, exchange + 1, layer, both ? 0 : codebook);
-      stage<SMALL_OUT>(columns, ++exchange);
+      ++exchange;
+      if (blockIdx.x < SLOTS * PG) attend_small(columns, exchange, layer, both ? 0 : codebook);
+      stage<SMALL_OUT>(columns, exchange);
       place = product<SMALL_OUT>(place, log, ++exchange, ONTO_STREAM, 0.f);
-      stage_normed<SMALL_GATE_UP>(columns, 0, place.turn, exchange, MAIL, 0, gains.mlp);
+      stage_normed<SMALL_GATE_UP, MAIL>(columns, 0, place.turn, exchange, 0, gains.mlp);
       place = product<SMALL_GATE_UP>(place, log, ++exchange, ROUNDED, given.small_eps);
       stage<SMALL_DOWN>(columns, exchange);
       place = product<SMALL_DOWN>(place, log, ++exchange, ONTO_STREAM, 0.f);
     }
-    stage_normed<HEAD>(SLOTS, columns - SLOTS, place.turn, exchange, MAIL, 0, Gains<E>(given.small_gains, PL).attention);
+    stage_normed<HEAD, MAIL>(SLOTS, columns - SLOTS, place.turn, exchange, 0, Gains<E>(given.small_gains, PL).attention);
     place = product<HEAD>(place, log2_of(SLOTS), ++exchange, ROUNDED, given.small_eps);
     sample<W, false>(exchange, codebook);
   }
@@ -1068,15 +1140,21 @@ __device__ __noinline__ void stage_attended(u32 number) {
 
 __device__ __forceinline__ Place talk(Place place, u32& exchange) {
   constexpr int log = log2_of(SLOTS);
+  int splits = 0;
+  for (int slot = 0; slot < SLOTS; ++slot) splits = max(splits, n_splits(length_of(slot) + 1));
 #pragma unroll 1
   for (int layer = 0; layer < L; ++layer) {
     const Gains<D> gains(given.gains, layer);
-    stage_normed<QKV>(SLOTS, 0, place.turn, exchange, layer ? MAIL : FRAME, 0, gains.attention);
+    if (layer == 0)
+      stage_normed<QKV, FRAME>(SLOTS, 0, place.turn, exchange, 0, gains.attention);
+    else
+      stage_normed<QKV, MAIL>(SLOTS, 0, place.turn, exchange, 0, gains.attention);
     place = product<QKV>(place, log, ++exchange, ROUNDED, given.eps);
-    attend<true>(SLOTS, exchange, exchange + 1, layer, 0);
-    stage_attended(++exchange);
+    ++exchange;
+    if (blockIdx.x < SLOTS * G * splits) attend(exchange, layer);
+    stage_attended(exchange);
     place = product<OUT>(place, log, ++exchange, ONTO_STREAM, 0.f);
-    stage_normed<GATE_UP>(SLOTS, 0, place.turn, exchange, MAIL, 0, gains.mlp);
+    stage_normed<GATE_UP, MAIL>(SLOTS, 0, place.turn, exchange, 0, gains.mlp);
     place = product<GATE_UP>(place, log, ++exchange, ROUNDED, given.eps);
     stage<DOWN>(SLOTS, exchange);
     place = product<DOWN>(place, log, ++exchange, ONTO_STREAM, 0.f);

@@ -114,7 +114,7 @@ def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | 
     ]
     widths = (config.hidden_size, small.hidden_size)
     if (
-        n_slots not in (1, 2, 4)
+        n_slots not in (1, 2)
         or n_slots > MOST_SLOTS
         or any(len(kind) > 1 for kind in kinds)
         or any(of.head_dim != _HEAD_DIM or of.intermediate_size % _HEAD_DIM for of in (config, small))
