@@ -104,8 +104,7 @@ constexpr bool all_take_part() {
 static_assert(all_fit(), "rows must split evenly");
 static_assert(SLOTS == 1 || SLOTS == 2, "two columns a row, of eight, and two rows a slot");
 static_assert(all_take_part(), "too few rows for so many blocks");
-static_assert(D <= 128 * WARPS, "a warp keeps its share of a row in registers");
-static_assert(Q <= WARPS && SLOTS * PG <= GRID, "a warp takes a position of the predictor's, a block a head");
+static_assert(SLOTS * PG <= GRID, "a block takes a head");
 
 constexpr int TABLE_ROOM = divided(most_tables(), 128) * 128;
 constexpr int ROW_ROOM = SLOT_BYTES + 16 * PAD;
@@ -160,13 +159,13 @@ struct Shared {
   };
   alignas(16) u16 raw[2][WIDE_D];     // the residual stream as it came into attention, and into the MLP
   alignas(16) float fresh[SMALL_REPEATS + 1][HD];   // of the predictor's attention: queries, the new key
-  alignas(16) float scores[SMALL_REPEATS][WARPS];
-  alignas(16) u16 past_values[WARPS][HD];
+  alignas(16) float scores[SMALL_REPEATS][Q];
+  alignas(16) u16 past_values[Q][HD];
   float squares[2][COLS][WARPS];
   float sums[WIDEST / GROUP];
-  alignas(16) float score[SLOTS][MOST_KEPT], sorted[SLOTS][MOST_KEPT];
-  alignas(16) int ids[SLOTS][MOST_KEPT], sorted_ids[SLOTS][MOST_KEPT];
-  int counts[SLOTS][16];
+  float score[MOST_KEPT], sorted[MOST_KEPT];
+  int ids[MOST_KEPT], sorted_ids[MOST_KEPT];
+  int counts[4][WARPS];
   int code[SLOTS][Q];
   int frame[SLOTS], alive[SLOTS], prompt[SLOTS];
   u64 ring_waits;
@@ -700,7 +699,7 @@ struct Softmax {
   }
 };
 
-// ---- sampling: 128 threads a slot, the same in every block ----
+// ---- sampling: the same in every block ----
 
 __device__ __forceinline__ u32 mix(u32 x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
@@ -719,64 +718,76 @@ __device__ __forceinline__ int ordered(float x) {
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 
-// One number of each of the slot's four warps, in order.
-struct Four { int a, b, c, d; };
-__device__ __forceinline__ Four of_warps(int slot, int& round, int mine) {
-  int* at = s.counts[slot] + 4 * (round++ & 3);
-  if ((threadIdx.x & 31) == 0) at[(threadIdx.x >> 5) & 3] = mine;
-  barrier(2 + slot, 128);
-  return Four{at[0], at[1], at[2], at[3]};
+// A number of each warp: a lane gets that of the warp it is named for, later ones zero.
+__device__ __forceinline__ int of_warps(int& round, int mine) {
+  int* at = s.counts[round++ & 3];
+  const int lane = threadIdx.x & 31;
+  if (lane == 0) at[threadIdx.x >> 5] = mine;
+  workers_meet();
+  return lane < WARPS ? at[lane] : 0;
 }
-__device__ __forceinline__ int before_warp(const Four& f, int warp) {
-  return (warp > 0 ? f.a : 0) + (warp > 1 ? f.b : 0) + (warp > 2 ? f.c : 0);
+__device__ __forceinline__ int highest(int& round, int x) {
+  x = of_warps(round, __reduce_max_sync(~0u, x));
+  return __reduce_max_sync(~0u, (threadIdx.x & 31) < WARPS ? x : (int)0x80000000);
+}
+// The sum of all lanes' up to this one.
+__device__ __forceinline__ int upto(int x) {
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int y = __shfl_up_sync(~0u, x, d);
+    if ((threadIdx.x & 31) >= d) x += y;
+  }
+  return x;
 }
 
 // Draws a code in [0, IDS) for each slot into s.code[slot][codebook]; the likeliest first, equal ones from the lowest id.
 template <int IDS, bool FIRST>
 __device__ __noinline__ void sample(u32 number, int codebook) {
-  constexpr int PER = IDS / 128;
-  static_assert(IDS % 512 == 0 && PER < 32, "ids are dealt to 128 threads, four at a time");
-  const int slot = threadIdx.x >> 7, tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
-  if (slot < SLOTS) {
+  constexpr int PER = 4 * divided(IDS, 4 * WORKERS), FOURS = PER / 4;
+  static_assert(IDS % PER == 0 && 32 * PER < 1024, "ids are dealt to threads, four at a time, and counted in ten bits a warp");
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const bool has = tid < IDS / PER;
+#pragma unroll 1
+  for (int slot = 0; slot < SLOTS; ++slot) {
     int round = 0;
     const float* knobs = (FIRST ? given.first : given.residual) + 4 * slot;
     const float temperature = knobs[0], top_p = knobs[2], penalty = knobs[3];
     const bool greedy = temperature == 0.f;
     const int frame = s.frame[slot], wanted_k = (int)knobs[1];
     const u64 seed = given.seed[slot];
-    u32 seen[PER / 4];
+    u32 seen[FOURS];
     if (FIRST) {
 #pragma unroll
-      for (int i = 0; i < PER / 4; ++i) seen[i] = *(const u32*)(given.seen + slot * IDS + tid * PER + 4 * i);
+      for (int i = 0; i < FOURS; ++i) seen[i] = has ? *(const u32*)(given.seen + slot * IDS + tid * PER + 4 * i) : 0;
     }
     float x[PER];
-    uint2 got[PER / 4];
-    const u64* from[PER / 4];
-    bool wanted[PER / 4];
+    uint2 got[FOURS];
+    const u64* from[FOURS];
+    bool wanted[FOURS];
 #pragma unroll
-    for (int i = 0; i < PER / 4; ++i) from[i] = box(number, slot * IDS + tid * PER + 4 * i), wanted[i] = true;
-    receive<PER / 4>(got, from, wanted, number);
+    for (int i = 0; i < FOURS; ++i) from[i] = box(number, slot * IDS + tid * PER + 4 * i), wanted[i] = has, got[i] = make_uint2(0, 0);
+    receive<FOURS>(got, from, wanted, number);
 #pragma unroll
-    for (int i = 0; i < PER / 4; ++i) {
+    for (int i = 0; i < FOURS; ++i) {
       x[4 * i] = bf_low(got[i].x), x[4 * i + 1] = bf_high(got[i].x);
       x[4 * i + 2] = bf_low(got[i].y), x[4 * i + 3] = bf_high(got[i].y);
     }
+    constexpr float LEAST = -3.0e38f;
     if (FIRST) {
       // The stop's probability is of the logits as they are.
-      float peak = x[0], sum = 0.f, stop = 0.f;
+      int key = 0x80000000;
 #pragma unroll
-      for (int i = 1; i < PER; ++i) peak = fmaxf(peak, x[i]);
-      Four f = of_warps(slot, round, __reduce_max_sync(~0u, ordered(peak)));
-      const int key = max(max(f.a, f.b), max(f.c, f.d));
-      peak = __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF));
+      for (int i = 0; i < PER; ++i) key = max(key, ordered(has ? x[i] : LEAST));
+      key = highest(round, key);
+      const float peak = __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF));
+      float sum = 0.f, stop = 0.f;
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
-        const float e = __expf(x[i] - peak);
+        const float e = has ? __expf(x[i] - peak) : 0.f;
         sum += e;
         if (tid * PER + i == given.stop_id) stop = e;
       }
-      f = of_warps(slot, round, __float_as_int(warp_sum(sum)));
-      sum = __int_as_float(f.a) + __int_as_float(f.b) + __int_as_float(f.c) + __int_as_float(f.d);
+      sum = warp_sum(__int_as_float(of_warps(round, __float_as_int(warp_sum(sum)))));
       if (given.stop_id / PER == tid && blockIdx.x == 0) given.stops[min(frame, given.capacity - 1) * SLOTS + slot] = __fdividef(stop, sum);
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
@@ -789,19 +800,18 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     int k = greedy ? 1 : wanted_k > 0 ? min(wanted_k, n_inside) : n_inside;
     k = min(k, MOST_KEPT);
     // Keys are ordered as scores are; those of bfloat16 have sixteen bits.
-    constexpr int SHIFT = FIRST ? 0 : 16;
-    int keys[PER], high = -0x7FFFFFFF;
+    constexpr int SHIFT = FIRST ? 0 : 16, NONE = 0x80000000;
+    int keys[PER], high = NONE;
     const float by = greedy ? 1.f : __fdividef(1.f, temperature);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-      keys[i] = ordered(x[i]) >> SHIFT;
+      keys[i] = has ? ordered(x[i]) >> SHIFT : NONE;
       x[i] *= by;
       high = max(high, keys[i]);
     }
-    Four f = of_warps(slot, round, __reduce_max_sync(~0u, high));
     // The k-th key: at or above ``low`` lie k keys or more, at or above ``high`` fewer. Three thresholds a round.
     int low = (int)0x80800000 >> SHIFT, n_low = n_inside;  // just above minus infinity
-    high = max(max(f.a, f.b), max(f.c, f.d)) + 1;
+    high = highest(round, high) + 1;
     if (k == 1) low = high - 1, n_low = 0;
     // The first thresholds lie close below the highest key, where most often all that is kept is found.
     u32 reach = 32u << (16 - SHIFT);
@@ -816,11 +826,8 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
       u32 all = 0;
 #pragma unroll
       for (int i = 0; i < PER; ++i) all += (keys[i] >= m1) + ((keys[i] >= m2) << 10) + ((keys[i] >= m3) << 20);
-      // At most 1,023 keys a warp: ten bits each.
-      f = of_warps(slot, round, (int)__reduce_add_sync(~0u, all));
-      const int c1 = (f.a & 1023) + (f.b & 1023) + (f.c & 1023) + (f.d & 1023);
-      const int c2 = (f.a >> 10 & 1023) + (f.b >> 10 & 1023) + (f.c >> 10 & 1023) + (f.d >> 10 & 1023);
-      const int c3 = (f.a >> 20 & 1023) + (f.b >> 20 & 1023) + (f.c >> 20 & 1023) + (f.d >> 20 & 1023);
+      all = (u32)of_warps(round, (int)__reduce_add_sync(~0u, all));
+      const int c1 = (int)__reduce_add_sync(~0u, all & 1023), c2 = (int)__reduce_add_sync(~0u, all >> 10 & 1023), c3 = (int)__reduce_add_sync(~0u, all >> 20);
       if (c3 >= k) low = m3, n_low = c3;
       else if (c2 >= k) high = m3, low = m2, n_low = c2;
       else if (c1 >= k) high = m2, low = m1, n_low = c1;
@@ -831,37 +838,33 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     int mine = 0;
 #pragma unroll
     for (int i = 0; i < PER; ++i) mine += keys[i] < low ? 0 : !exact && keys[i] == low ? 1 << 16 : 1;
-    int upto = mine;
-#pragma unroll
-    for (int d = 1; d < 32; d <<= 1) {
-      const int y = __shfl_up_sync(~0u, upto, d);
-      if (lane >= d) upto += y;
-    }
-    f = of_warps(slot, round, __shfl_sync(~0u, upto, 31));
-    const int before = upto - mine + before_warp(f, warp), all_above = (f.a + f.b + f.c + f.d) & 0xffff;
+    const int within = upto(mine), warps = upto(of_warps(round, __shfl_sync(~0u, within, 31)));
+    const int before = within - mine + (warp ? __shfl_sync(~0u, warps, warp - 1) : __shfl_sync(~0u, 0, 0));
     // Kept ones above the edge in the order of their ids, then those at the edge.
-    int above = before & 0xffff, level = all_above + (before >> 16);
+    int above = before & 0xffff, level = (__shfl_sync(~0u, warps, 31) & 0xffff) + (before >> 16);
 #pragma unroll
     for (int i = 0; i < PER; ++i)
       if (keys[i] >= low) {
         const int at = !exact && keys[i] == low ? level++ : above++;
-        if (at < k) s.score[slot][at] = x[i], s.ids[slot][at] = tid * PER + i;
+        if (at < k) s.score[at] = x[i], s.ids[at] = tid * PER + i;
       }
-    barrier(2 + slot, 128);
-    // Each kept one finds its place: how many are likelier, or as likely with a lower id.
-    if (tid < k) {
-      const float score = s.score[slot][tid];
-      const int id = s.ids[slot][tid];
-      int rank = 0;
+    workers_meet();
+    // Each kept one finds its place: how many are likelier, or as likely with a lower id. Several threads count for one.
+    constexpr int COUNTERS = WORKERS / MOST_KEPT;
+    const int candidate = tid / COUNTERS;
+    const float score = candidate < k ? s.score[candidate] : 0.f;
+    const int id = candidate < k ? s.ids[candidate] : 0;
+    int rank = 0;
 #pragma unroll 4
-      for (int j = 0; j < k; ++j) rank += s.score[slot][j] > score || (s.score[slot][j] == score && s.ids[slot][j] < id);
-      s.sorted[slot][rank] = score, s.sorted_ids[slot][rank] = id;
-    }
-    barrier(2 + slot, 128);
+    for (int j = tid % COUNTERS; j < k; j += COUNTERS) rank += s.score[j] > score || (s.score[j] == score && s.ids[j] < id);
+#pragma unroll
+    for (int d = 1; d < COUNTERS; d <<= 1) rank += __shfl_xor_sync(~0u, rank, d);
+    if (tid % COUNTERS == 0 && candidate < k) s.sorted[rank] = score, s.sorted_ids[rank] = id;
+    workers_meet();
     if (warp == 0) {
-      const float peak = s.sorted[slot][0];
-      const float m0 = lane < k ? __expf(s.sorted[slot][lane] - peak) : 0.f;
-      const float m1 = lane + 32 < k ? __expf(s.sorted[slot][lane + 32] - peak) : 0.f;
+      const float peak = s.sorted[0];
+      const float m0 = lane < k ? __expf(s.sorted[lane] - peak) : 0.f;
+      const float m1 = lane + 32 < k ? __expf(s.sorted[lane + 32] - peak) : 0.f;
       float c0 = m0, c1 = m1;
 #pragma unroll
       for (int d = 1; d < 32; d <<= 1) {
@@ -880,7 +883,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
       const float goal = greedy ? 0.f : uniform(seed, frame, codebook) * total;
       const u32 b0 = __ballot_sync(~0u, lane < k && c0 > goal), b1 = __ballot_sync(~0u, lane + 32 < k && c1 > goal);
       if (lane == 0) {
-        int code = s.sorted_ids[slot][b0 ? __ffs(b0) - 1 : b1 ? 31 + __ffs(b1) : k - 1];
+        int code = s.sorted_ids[b0 ? __ffs(b0) - 1 : b1 ? 31 + __ffs(b1) : k - 1];
         if (FIRST) {
           if (code == given.stop_id) s.alive[slot] = 0;
           if (!s.alive[slot]) code = 0;
@@ -888,8 +891,8 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
         s.code[slot][codebook] = code;
       }
     }
+    workers_meet();
   }
-  workers_meet();
   mark(5);
 }
 
@@ -898,16 +901,22 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
 __device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], given.capacity - 1); }
 __device__ __forceinline__ int n_splits(int length) { return greater(1, lesser(MOST_SPLITS, divided(length, SHARE))); }
 
-// The predictor's: a warp takes a position. Blocks that have a head call it.
+// The predictor's: a warp takes a position or two. Blocks that have a head call it.
 __device__ __noinline__ void attend_small(int columns, u32 number, int layer, int given_past) {
+  constexpr int each = divided(Q, WARPS);
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, slot = blockIdx.x / PG, group = blockIdx.x % PG;
   const Gains<E> gains(given.small_gains, layer);
   const u64 cache = ((u64)(layer * SLOTS + slot) * PG + group) * Q * HD + 4 * lane;
 #pragma unroll 1
   for (int column = slot; column < columns; column += SLOTS) {
     const int past = given_past + column / SLOTS;
-    uint2 key = make_uint2(0, 0), value = key;
-    if (warp < past) key = load8(given.small_keys + cache + warp * HD), value = load8(given.small_values + cache + warp * HD);
+    uint2 key[each], value[each];
+#pragma unroll
+    for (int i = 0; i < each; ++i)
+      if (warp + i * WARPS < past) {
+        key[i] = load8(given.small_keys + cache + (warp + i * WARPS) * HD);
+        value[i] = load8(given.small_values + cache + (warp + i * WARPS) * HD);
+      }
     if (warp < SMALL_REPEATS + 2) {
       const Turn turn(warp < SMALL_REPEATS ? gains.query : gains.key, given.small_cos, given.small_sin, past);
       const int head = warp < SMALL_REPEATS ? group * SMALL_REPEATS + warp : PH + group + (warp - SMALL_REPEATS) * PG;
@@ -923,12 +932,18 @@ __device__ __noinline__ void attend_small(int columns, u32 number, int layer, in
         *(float4*)(s.fresh[warp] + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
       }
     }
-    if (warp < past) *(uint2*)(s.past_values[warp] + 4 * lane) = value;
+#pragma unroll
+    for (int i = 0; i < each; ++i)
+      if (warp + i * WARPS < past) *(uint2*)(s.past_values[warp + i * WARPS] + 4 * lane) = value[i];
     workers_meet();
-    if (warp <= past) {
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      const int position = warp + i * WARPS;
+      if (position > past) continue;
       float k[4], score[SMALL_REPEATS];
-      unpack(key, k);
-      if (warp == past) {
+      if (position < past) {
+        unpack(key[i], k);
+      } else {
         const float4 fresh = *(const float4*)(s.fresh[SMALL_REPEATS] + 4 * lane);
         k[0] = fresh.x, k[1] = fresh.y, k[2] = fresh.z, k[3] = fresh.w;
       }
@@ -938,28 +953,38 @@ __device__ __noinline__ void attend_small(int columns, u32 number, int layer, in
         score[r] = q.x * k[0] + q.y * k[1] + q.z * k[2] + q.w * k[3];
       }
       const float sum = warp_sums<SMALL_REPEATS>(score) * rsqrtf((float)HD);
-      if (lane % (32 / SMALL_REPEATS) == 0) s.scores[lane / (32 / SMALL_REPEATS)][warp] = sum;
+      if (lane % (32 / SMALL_REPEATS) == 0) s.scores[lane / (32 / SMALL_REPEATS)][position] = sum;
     }
     workers_meet();
-    if (tid < SMALL_REPEATS * HD / 2) {
-      const int r = tid / (HD / 2), dim = 2 * (tid % (HD / 2));
-      float top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
-#pragma unroll 4
-      for (int i = 0; i <= past; ++i) top = fmaxf(top, s.scores[r][i]);
-#pragma unroll 4
-      for (int i = 0; i <= past; ++i) {
-        const float by = __expf(s.scores[r][i] - top);
-        const u32 both = *(const u32*)(s.past_values[i] + dim);
-        total += by, x += by * bf_low(both), y += by * bf_high(both);
+    // A few threads share two outputs: each takes some of the positions.
+    constexpr int sharers = lesser(WORKERS / (SMALL_REPEATS * HD / 2), 4), most = divided(Q, sharers);
+    const int out = tid / sharers, q = tid % sharers, r = out / (HD / 2), dim = 2 * (out % (HD / 2));
+    if (out < SMALL_REPEATS * HD / 2) {
+      float score[most], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+      for (int i = 0; i < most; ++i) {
+        score[i] = q + i * sharers <= past ? s.scores[r][q + i * sharers] : -1e30f;
+        top = fmaxf(top, score[i]);
       }
+#pragma unroll
+      for (int d = 1; d < sharers; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+#pragma unroll
+      for (int i = 0; i < most; ++i)
+        if (q + i * sharers <= past) {
+          const float by = __expf(score[i] - top);
+          const u32 both = *(const u32*)(s.past_values[q + i * sharers] + dim);
+          total += by, x += by * bf_low(both), y += by * bf_high(both);
+        }
+#pragma unroll
+      for (int d = 1; d < sharers; d <<= 1)
+        total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
       const float by = __fdividef(1.f, total);
 #pragma unroll
-      for (int i = 0; i < REPLICAS; ++i)
+      for (int i = q; i < REPLICAS; i += sharers)
         send(number, i, (column * PH * HD + (group * SMALL_REPEATS + r) * HD + dim) / 2, two_bf(x * by, y * by));
     }
     if (column + SLOTS < columns) workers_meet();
   }
-  mark(6);
 }
 
 // The talker's: a warp takes four positions at a time. Shares are joined where they are read.
@@ -1060,7 +1085,6 @@ __device__ __noinline__ void attend(u32 number, int layer) {
     }
     workers_meet();
   }
-  mark(6);
 }
 
 // ---- the predictor ----
@@ -1079,6 +1103,7 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange) {
       place = product<SMALL_QKV>(place, log, ++exchange, ROUNDED, given.small_eps);
       ++exchange;
       if (blockIdx.x < SLOTS * PG) attend_small(columns, exchange, layer, both ? 0 : codebook);
+      mark(6);
       stage<SMALL_OUT>(columns, exchange);
       place = product<SMALL_OUT>(place, log, ++exchange, ONTO_STREAM, 0.f);
       stage_normed<SMALL_GATE_UP, MAIL>(columns, 0, place.turn, exchange, 0, gains.mlp);
@@ -1152,6 +1177,7 @@ __device__ __forceinline__ Place talk(Place place, u32& exchange) {
     place = product<QKV>(place, log, ++exchange, ROUNDED, given.eps);
     ++exchange;
     if (blockIdx.x < SLOTS * G * splits) attend(exchange, layer);
+    mark(6);
     stage_attended(exchange);
     place = product<OUT>(place, log, ++exchange, ONTO_STREAM, 0.f);
     stage_normed<GATE_UP, MAIL>(SLOTS, 0, place.turn, exchange, 0, gains.mlp);
@@ -1164,20 +1190,31 @@ __device__ __forceinline__ Place talk(Place place, u32& exchange) {
 
 // The hidden states, normed: block 0 writes them.
 __device__ __forceinline__ void conclude(u32 number) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = D / GROUP, at = warp * GROUP + 4 * lane;
-  const uint2 by = warp < groups ? load8(Gains<D>(given.gains, L).attention + at) : make_uint2(0, 0);
+  constexpr int each = divided(D / GROUP, WARPS);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll 1
   for (int slot = 0; slot < SLOTS; ++slot) {
-    float x[4] = {0.f, 0.f, 0.f, 0.f}, b[4];
-    if (warp < groups) unpack(receive(number, slot * D + at), x);
-    const float square = warp_sum(dot(x, x));
+    float x[each][4], square = 0.f;
+#pragma unroll
+    for (int i = 0; i < each; ++i)
+      if (warp + i * WARPS < D / GROUP) {
+        unpack(receive(number, slot * D + (warp + i * WARPS) * GROUP + 4 * lane), x[i]);
+        square += dot(x[i], x[i]);
+      }
+    square = warp_sum(square);
     if (lane == 0) s.squares[0][slot][warp] = square;
     workers_meet();
     const float rstd = rsqrtf(warp_sum(lane < WARPS ? s.squares[0][slot][lane] : 0.f) * (1.f / D) + given.eps);
-    unpack(by, b);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) b[j] *= rounded(x[j] * rstd);
-    if (warp < groups) *(uint2*)(given.hidden + slot * D + at) = packed(b);
+    for (int i = 0; i < each; ++i)
+      if (warp + i * WARPS < D / GROUP) {
+        const int at = (warp + i * WARPS) * GROUP + 4 * lane;
+        float b[4];
+        unpack(load8(Gains<D>(given.gains, L).attention + at), b);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) b[j] *= rounded(x[i][j] * rstd);
+        *(uint2*)(given.hidden + slot * D + at) = packed(b);
+      }
   }
 }
 
