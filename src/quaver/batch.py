@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quaver.meter import Clock
 from quaver.model.layers import KVCache
+from quaver.model.steps import RecordedSteps
 from quaver.model.talker import Talker
 from quaver.model.tts import TTS, Prompt
 from quaver.model.visiting import Visiting
@@ -57,8 +58,9 @@ class Rows:
     """A Batch in plain PyTorch, on any device: the reference for every other.
 
     Where the talker's layers only visit a GPU, the residual codes of a frame, some thousands of steps of nearly
-    nothing, are one recording: the first layers are on their way meanwhile. ``clock`` counts what the talker and the
-    predictor take, and the waiting for layers.
+    nothing, are one recording: the first layers are on their way meanwhile. So is the way of a frame through each
+    layer, which must not keep the next ones waiting. ``clock`` counts what the talker and the predictor take, and the
+    waiting for layers.
     """
 
     def __init__(
@@ -73,12 +75,15 @@ class Rows:
         lengths = torch.tensor([len(p.embeds) for p in prompts], device=tts.device)
         embeds = torch.nn.utils.rnn.pad_sequence([p.embeds for p in prompts], batch_first=True)
         self._cache = tts.talker.cache(n_rows, embeds.shape[1] + knobs.max_frames, embeds)
+        visits = isinstance(tts.talker.model.layers, Visiting)
+        # On a CPU, where nothing is recorded, that would be other bits for more work.
+        self._steps = RecordedSteps(tts.talker.model, self._cache) if visits and embeds.is_cuda else None
         hidden = self._heard(embeds, lengths)
         self._hidden = hidden[torch.arange(n_rows, device=tts.device), lengths - 1]
         # Not a method: what holds itself lives until garbage is collected, and this holds the cache.
         small_cache = tts.talker.code_predictor.cache(n_rows, embeds)
         residual = partial(_residual_codes, tts.talker, knobs.residual, small_cache)
-        self._residual = Recorded(residual) if isinstance(tts.talker.model.layers, Visiting) else residual
+        self._residual = Recorded(residual) if visits else residual
         self._frame = 0
         self._codes: Tensor | None = None
 
@@ -115,12 +120,13 @@ class Rows:
 
     def _heard(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The talker's hidden states of what it hears next (see Talker.hidden)."""
-        if self._clock is None:
-            return self._tts.talker.hidden(x, self._cache, lengths)
-        with self._clock.stage("talker"):
-            hidden = self._tts.talker.hidden(x, self._cache, lengths)
+        with nullcontext() if self._clock is None else self._clock.stage("talker"):
+            if self._steps is not None and lengths is None:
+                hidden = self._steps(x)
+            else:
+                hidden = self._tts.talker.hidden(x, self._cache, lengths)
         layers = self._tts.talker.model.layers
-        if isinstance(layers, Visiting):
+        if self._clock is not None and isinstance(layers, Visiting):
             waited_s = layers.take_waited_s()
             self._clock.add("talker", -waited_s)
             self._clock.add("visits", waited_s)
