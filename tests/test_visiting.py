@@ -15,6 +15,7 @@ from quaver import corpus
 from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine
 from quaver.errors import CheckpointError
+from quaver.model import visiting
 from quaver.model.homes import LAYERS
 from quaver.model.tts import TTS, Utterance
 from quaver.model.visiting import Visiting
@@ -57,6 +58,22 @@ def test_shards_and_layers_of_differing_types_visit_too(deep, tmp_path):
     prompt = stays.prompt(ASKED[0])
     codes = torch.zeros(3, 16, dtype=torch.long)
     assert torch.equal(stays.force([prompt], [codes])[0].hidden, visits.force([prompt], [codes])[0].hidden)
+
+
+@pytest.mark.parametrize("n_readers", [1, 3, 7])
+def test_a_layer_is_read_whole_however_many_readers_share_it(deep, n_readers, monkeypatch):
+    monkeypatch.setattr(visiting, "_N_READERS", n_readers)
+    monkeypatch.setattr(visiting, "_SHARE_BYTES", 1)
+    stays, visits = (TTS.load(deep, dtype=torch.bfloat16, room_bytes=room) for room in (None, 0))
+    assert all(len(layer.shares) == n_readers for layer in visits.talker.model.layers._layers)
+    for own, visitor in zip(stays.talker.model.layers, visits.talker.model.layers, strict=True):
+        for name, parameter in own.named_parameters():
+            assert torch.equal(parameter, visitor.get_parameter(name))
+
+
+def test_what_stands_side_by_side_is_read_at_once(deep):
+    layers = TTS.load(deep, room_bytes=0).talker.model.layers._layers
+    assert [len(share) for layer in layers for share in layer.shares] == [1] * 5
 
 
 def test_threads_end_with_the_model(deep):
