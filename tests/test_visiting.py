@@ -16,7 +16,7 @@ from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine
 from quaver.errors import CheckpointError
 from quaver.model import visiting
-from quaver.model.homes import LAYERS
+from quaver.model.homes import LAYERS, TEXT_EMBEDDING
 from quaver.model.tts import TTS, Utterance
 from quaver.model.visiting import Visiting
 from quaver.provenance import Step
@@ -106,6 +106,16 @@ def test_nothing_of_a_visiting_layer_counts_as_a_weight_of_the_model(deep):
     visits = TTS.load(deep, room_bytes=0)
     assert not [name for name in visits.model.state_dict() if name.startswith(LAYERS.removeprefix("talker.") + ".")]
     assert not [name for name, _ in visits.model.named_parameters() if name.startswith(f"{LAYERS}.")]
+
+
+def test_what_stays_on_the_host_is_what_was_checked_edits_included(deep):
+    table = f"{TEXT_EMBEDDING}.weight"
+    edited = Checkpoint.open(deep).edit(Step("turn"), lambda name, one: {name: -one if name == table else one})
+    for source in (Checkpoint.open(deep), edited):
+        stays, visits = (TTS.load(source, dtype=torch.bfloat16, room_bytes=room) for room in (1 << 40, 0))
+        for one, two in ((visits.model, stays.model), (visits.decoder, stays.decoder)):
+            expected = dict(two.named_parameters())
+            assert all(torch.equal(parameter, expected[name]) for name, parameter in one.named_parameters())
 
 
 def test_bad_layers_are_named_though_they_stay_in_their_file(deep, tmp_path):
