@@ -66,8 +66,11 @@ class Rows:
     def __init__(
         self, tts: TTS, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs, clock: Clock | None = None
     ) -> None:
-        self._tts, self._prompts, self._knobs, self._clock = tts, prompts, knobs, clock
+        self._tts, self._knobs, self._clock = tts, knobs, clock
         n_rows = len(prompts)
+        self._rows = torch.arange(n_rows, device=tts.device)
+        self._text = torch.nn.utils.rnn.pad_sequence([prompt.tail for prompt in prompts], batch_first=True)
+        self._last_line = torch.tensor([len(prompt.tail) - 1 for prompt in prompts], device=tts.device)
         self._seed = torch.tensor(seeds, dtype=torch.long, device=tts.device)
         self._seen = torch.zeros(n_rows, tts.config.talker_config.vocab_size, dtype=torch.bool, device=tts.device)
         self._alive = torch.ones(n_rows, dtype=torch.bool, device=tts.device)
@@ -79,7 +82,7 @@ class Rows:
         # On a CPU, where nothing is recorded, that would be other bits for more work.
         self._steps = RecordedSteps(tts.talker.model, self._cache) if visits and embeds.is_cuda else None
         hidden = self._heard(embeds, lengths)
-        self._hidden = hidden[torch.arange(n_rows, device=tts.device), lengths - 1]
+        self._hidden = hidden[self._rows, lengths - 1]
         # Not a method: what holds itself lives until garbage is collected, and this holds the cache.
         small_cache = tts.talker.code_predictor.cache(n_rows, embeds)
         residual = partial(_residual_codes, tts.talker, knobs.residual, small_cache)
@@ -92,8 +95,8 @@ class Rows:
         tts, knobs, talker = self._tts, self._knobs, self._tts.talker
         # The talker hears a frame only when the next one is asked for: the last frame of all is never heard.
         if self._codes is not None:
-            text = torch.stack([prompt.text_at(self._frame - 1) for prompt in self._prompts])
-            x = talker.embed_frames(self._codes) + text
+            lines = self._last_line.clamp(max=self._frame - 1)
+            x = talker.embed_frames(self._codes) + self._text[self._rows, lines]
             self._hidden = self._heard(x[:, None])[:, 0]
         uniform = uniforms(self._seed, self._frame, tts.config.talker_config.num_code_groups)
         logits = talker.codec_head(self._hidden)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from quaver.config import CodecConfig, ModelConfig, parse, read_codec_config, read_json
 from quaver.errors import CheckpointError
-from quaver.files import new_folder, write_file
+from quaver.files import new_folder, sync, write_file
 from quaver.provenance import CODEC, PROVENANCE, Origin, Provenance, Step, check_file, check_sum, walk
 
 WEIGHTS = "model.safetensors"
@@ -152,13 +152,16 @@ class Checkpoint:
         The folder appears whole or not at all. Raises RecipeError when ``out`` exists or its parent does not,
         BudgetError when the disk is full, Damaged when the model read is not what its provenance says.
         """
-        # Summing the files that are read takes as long as writing, and waits for nothing of it.
-        with new_folder(out) as aside, ThreadPoolExecutor(1) as pool:
+        # Summing what is read takes as long as writing, and waits for nothing of it; nor does summing what is written
+        # wait until that has reached the disk.
+        with new_folder(out) as aside, ThreadPoolExecutor() as pool:
             origins = pool.submit(self.origins) if self.edits else None
             write_tensors(aside / WEIGHTS, self.tensors(), len(self.specs))
+            synced = [pool.submit(sync, aside / WEIGHTS)]
             self._copy_side_files(aside)
             if self.codec_edits:
                 write_tensors(aside / CODEC / WEIGHTS, self.codec_tensors(), len(self.codec_specs))
+                synced.append(pool.submit(sync, aside / CODEC / WEIGHTS))
             if self.settings == read_json(self.path / "config.json"):
                 shutil.copyfile(self.path / "config.json", aside / "config.json")
             else:
@@ -168,6 +171,8 @@ class Checkpoint:
                 parents = origins.result()
                 steps += tuple(replace(step, parents=(*parents, *step.parents)) for step, _ in self.edits)
             (aside / PROVENANCE).write_text(Provenance.of(aside, steps).to_json(), encoding="utf-8")
+            for one in synced:
+                one.result()
 
     def origins(self) -> tuple[Origin, ...]:
         """What this model is, as a parent of another: itself, and where its speech tokenizer is elsewhere, that.
@@ -373,7 +378,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected: int) -> None:
-    """Writes a safetensors file tensor by tensor.
+    """Writes a safetensors file tensor by tensor; whoever needs it on the disk sees to that (see files.sync).
 
     The header stands before the data but is known after it: room is kept and filled with spaces, as the format
     allows.
@@ -399,8 +404,6 @@ def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected:
             raise CheckpointError(f"{path}: {len(header)} tensors came from {n_expected}: more than an edit may add")
         out.seek(0)
         out.write((room - 8).to_bytes(8, "little") + text)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _append(out: IO[bytes], header: dict[str, Any], name: str, tensor: Tensor, position: int) -> int:

@@ -62,10 +62,6 @@ class Prompt:
     embeds: Tensor
     tail: Tensor
 
-    def text_at(self, frame: int) -> Tensor:
-        """The text vector [D] that is added to frame ``frame``."""
-        return self.tail[min(frame, len(self.tail) - 1)]
-
 
 @dataclass(frozen=True, slots=True)
 class Logits:
