@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -49,6 +52,23 @@ def test_recorded_steps_come_to_what_the_decoder_comes_to(deep, lengths, dtype, 
         assert other.lengths.tolist() == cache.lengths.tolist() == [len(steps) + length for length in lengths]
         # The decoder itself can go on from there.
         assert away(decoder(steps[0], other), plain(steps[0], cache)) < near
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_a_cache_goes_with_its_steps_before_garbage_is_collected(deep, device):
+    decoder = TTS.load(deep, device=device, dtype=torch.bfloat16, room_bytes=0).talker.model
+    gc.disable()
+    try:
+        cache, steps = begun(decoder, LENGTHS["uneven"], 19)
+        recorded = RecordedSteps(decoder, cache)
+        for x in steps:
+            recorded(x)
+        gone = weakref.ref(cache)
+        del cache, recorded
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -53,7 +53,7 @@ def test_a_recorded_model_says_the_same_codes(wide, dtype, knobs, monkeypatch):
         recorded, again = (spoken(visits, knobs, n_rows, clock=Clock(visits.device)) for _ in range(2))
         with monkeypatch.context() as plainly:
             for module in (batch, steps):
-                plainly.setattr(module, "Recorded", lambda fn: fn)
+                plainly.setattr(module, "Recorded", lambda fn, beside=None: fn)
             visited = spoken(visits, knobs, n_rows)
         with monkeypatch.context() as plainly:
             plainly.setattr(batch, "RecordedSteps", lambda decoder, cache: None)

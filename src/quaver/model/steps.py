@@ -42,7 +42,8 @@ class RecordedSteps:
         for index, layer in zip(self._indices, self._decoder.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             if layer not in self._layers:
-                self._layers[layer] = Recorded(partial(_through, layer, self._standing))
+                first = next(iter(self._layers.values()), None)
+                self._layers[layer] = Recorded(partial(_through, layer, self._standing), beside=first)
             (x,) = self._layers[layer](x, index)
         self._cache.advance(1)
         out: Tensor = self._decoder.norm(x)
