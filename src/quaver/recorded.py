@@ -80,7 +80,7 @@ class _Recording:
         with torch.cuda.device(device), torch.cuda.stream(stream):
             # As torch.cuda.graph does, but for collecting garbage, which takes longer than recording; and while this
             # thread records, others may go on copying to the device (see model.visiting).
-            graph.capture_begin(pool=room and room.pool(), capture_error_mode="thread_local")
+            graph.capture_begin(pool=None if room is None else room.pool(), capture_error_mode="thread_local")
             try:
                 outputs = fn(*inputs)
             finally:
