@@ -46,6 +46,26 @@ def test_what_is_forgotten_is_recorded_again(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_recordings_beside_each_other_take_turns_in_the_same_memory(device):
+    def once(x):
+        return ((x + 1) * (x - 1),)
+
+    def twice(x):
+        return (((x + 2) * (x - 2)).sqrt() + (x * x).sum(),)
+
+    first = Recorded(once)
+    fast = [first, Recorded(twice, beside=first)]
+    for value in range(2, 8):
+        x = torch.full((1 << 19,), float(value), device=device)
+        # What the one leaves is still there when the other has run.
+        found = [one(x)[0] for one in fast]
+        assert torch.equal(found[0], once(x)[0])
+        assert torch.equal(found[1], twice(x)[0])
+        if value == 5:
+            recorded.forget()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_rounding_on_any_device_is_as_good_as_on_a_cpu(device):
     torch.manual_seed(0)
     weight, x = torch.randn(32, 4 * GROUP), torch.randn(3000, 4 * GROUP) @ torch.randn(4 * GROUP, 4 * GROUP) / 16

@@ -65,7 +65,7 @@ def test_the_weights_told_are_those_that_are_held(toy_folder, tmp_path, kind):
 def test_the_cache_told_is_the_cache(toy_tts, dtype):
     told = runtime.weigh(toy_tts.checkpoint, Request(100, 20, 3), dtype=dtype)
     cache = toy_tts.talker.cache(3, told.request.n_positions, torch.zeros(1, dtype=dtype))
-    wanted = cache.keys.nbytes + cache.values.nbytes + cache._rotary.cos.nbytes // 2 + cache._rotary.sin.nbytes // 2
+    wanted = cache.keys.nbytes + cache.values.nbytes + cache.turns.cos.nbytes // 2 + cache.turns.sin.nbytes // 2
     assert told.request.n_positions == 128
     assert {line.name: line.device_bytes for line in told.held}["cache of 128 positions"] == wanted
 

@@ -15,7 +15,8 @@ from quaver import corpus
 from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine
 from quaver.errors import CheckpointError
-from quaver.model.homes import LAYERS
+from quaver.model import visiting
+from quaver.model.homes import LAYERS, TEXT_EMBEDDING
 from quaver.model.tts import TTS, Utterance
 from quaver.model.visiting import Visiting
 from quaver.provenance import Step
@@ -59,6 +60,22 @@ def test_shards_and_layers_of_differing_types_visit_too(deep, tmp_path):
     assert torch.equal(stays.force([prompt], [codes])[0].hidden, visits.force([prompt], [codes])[0].hidden)
 
 
+@pytest.mark.parametrize("n_readers", [1, 3, 7])
+def test_a_layer_is_read_whole_however_many_readers_share_it(deep, n_readers, monkeypatch):
+    monkeypatch.setattr(visiting, "_N_READERS", n_readers)
+    monkeypatch.setattr(visiting, "_SHARE_BYTES", 1)
+    stays, visits = (TTS.load(deep, dtype=torch.bfloat16, room_bytes=room) for room in (None, 0))
+    assert all(len(layer.shares) == n_readers for layer in visits.talker.model.layers._layers)
+    for own, visitor in zip(stays.talker.model.layers, visits.talker.model.layers, strict=True):
+        for name, parameter in own.named_parameters():
+            assert torch.equal(parameter, visitor.get_parameter(name))
+
+
+def test_what_stands_side_by_side_is_read_at_once(deep):
+    layers = TTS.load(deep, room_bytes=0).talker.model.layers._layers
+    assert [len(share) for layer in layers for share in layer.shares] == [1] * 5
+
+
 def test_threads_end_with_the_model(deep):
     before = threading.active_count()
     visits = TTS.load(deep, room_bytes=0)
@@ -89,6 +106,16 @@ def test_nothing_of_a_visiting_layer_counts_as_a_weight_of_the_model(deep):
     visits = TTS.load(deep, room_bytes=0)
     assert not [name for name in visits.model.state_dict() if name.startswith(LAYERS.removeprefix("talker.") + ".")]
     assert not [name for name, _ in visits.model.named_parameters() if name.startswith(f"{LAYERS}.")]
+
+
+def test_what_stays_on_the_host_is_what_was_checked_edits_included(deep):
+    table = f"{TEXT_EMBEDDING}.weight"
+    edited = Checkpoint.open(deep).edit(Step("turn"), lambda name, one: {name: -one if name == table else one})
+    for source in (Checkpoint.open(deep), edited):
+        stays, visits = (TTS.load(source, dtype=torch.bfloat16, room_bytes=room) for room in (1 << 40, 0))
+        for one, two in ((visits.model, stays.model), (visits.decoder, stays.decoder)):
+            expected = dict(two.named_parameters())
+            assert all(torch.equal(parameter, expected[name]) for name, parameter in one.named_parameters())
 
 
 def test_bad_layers_are_named_though_they_stay_in_their_file(deep, tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quaver.meter import Clock
 from quaver.model.layers import KVCache
+from quaver.model.steps import RecordedSteps
 from quaver.model.talker import Talker
 from quaver.model.tts import TTS, Prompt
 from quaver.model.visiting import Visiting
@@ -57,15 +58,19 @@ class Rows:
     """A Batch in plain PyTorch, on any device: the reference for every other.
 
     Where the talker's layers only visit a GPU, the residual codes of a frame, some thousands of steps of nearly
-    nothing, are one recording: the first layers are on their way meanwhile. ``clock`` counts what the talker and the
-    predictor take, and the waiting for layers.
+    nothing, are one recording: the first layers are on their way meanwhile. So is the way of a frame through each
+    layer, which must not keep the next ones waiting. ``clock`` counts what the talker and the predictor take, and the
+    waiting for layers.
     """
 
     def __init__(
         self, tts: TTS, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs, clock: Clock | None = None
     ) -> None:
-        self._tts, self._prompts, self._knobs, self._clock = tts, prompts, knobs, clock
+        self._tts, self._knobs, self._clock = tts, knobs, clock
         n_rows = len(prompts)
+        self._rows = torch.arange(n_rows, device=tts.device)
+        self._text = torch.nn.utils.rnn.pad_sequence([prompt.tail for prompt in prompts], batch_first=True)
+        self._last_line = torch.tensor([len(prompt.tail) - 1 for prompt in prompts], device=tts.device)
         self._seed = torch.tensor(seeds, dtype=torch.long, device=tts.device)
         self._seen = torch.zeros(n_rows, tts.config.talker_config.vocab_size, dtype=torch.bool, device=tts.device)
         self._alive = torch.ones(n_rows, dtype=torch.bool, device=tts.device)
@@ -73,12 +78,15 @@ class Rows:
         lengths = torch.tensor([len(p.embeds) for p in prompts], device=tts.device)
         embeds = torch.nn.utils.rnn.pad_sequence([p.embeds for p in prompts], batch_first=True)
         self._cache = tts.talker.cache(n_rows, embeds.shape[1] + knobs.max_frames, embeds)
+        visits = isinstance(tts.talker.model.layers, Visiting)
+        # On a CPU, where nothing is recorded, that would be other bits for more work.
+        self._steps = RecordedSteps(tts.talker.model, self._cache) if visits and embeds.is_cuda else None
         hidden = self._heard(embeds, lengths)
-        self._hidden = hidden[torch.arange(n_rows, device=tts.device), lengths - 1]
+        self._hidden = hidden[self._rows, lengths - 1]
         # Not a method: what holds itself lives until garbage is collected, and this holds the cache.
         small_cache = tts.talker.code_predictor.cache(n_rows, embeds)
         residual = partial(_residual_codes, tts.talker, knobs.residual, small_cache)
-        self._residual = Recorded(residual) if isinstance(tts.talker.model.layers, Visiting) else residual
+        self._residual = Recorded(residual) if visits else residual
         self._frame = 0
         self._codes: Tensor | None = None
 
@@ -87,8 +95,8 @@ class Rows:
         tts, knobs, talker = self._tts, self._knobs, self._tts.talker
         # The talker hears a frame only when the next one is asked for: the last frame of all is never heard.
         if self._codes is not None:
-            text = torch.stack([prompt.text_at(self._frame - 1) for prompt in self._prompts])
-            x = talker.embed_frames(self._codes) + text
+            lines = self._last_line.clamp(max=self._frame - 1)
+            x = talker.embed_frames(self._codes) + self._text[self._rows, lines]
             self._hidden = self._heard(x[:, None])[:, 0]
         uniform = uniforms(self._seed, self._frame, tts.config.talker_config.num_code_groups)
         logits = talker.codec_head(self._hidden)
@@ -115,12 +123,13 @@ class Rows:
 
     def _heard(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The talker's hidden states of what it hears next (see Talker.hidden)."""
-        if self._clock is None:
-            return self._tts.talker.hidden(x, self._cache, lengths)
-        with self._clock.stage("talker"):
-            hidden = self._tts.talker.hidden(x, self._cache, lengths)
+        with nullcontext() if self._clock is None else self._clock.stage("talker"):
+            if self._steps is not None and lengths is None:
+                hidden = self._steps(x)
+            else:
+                hidden = self._tts.talker.hidden(x, self._cache, lengths)
         layers = self._tts.talker.model.layers
-        if isinstance(layers, Visiting):
+        if self._clock is not None and isinstance(layers, Visiting):
             waited_s = layers.take_waited_s()
             self._clock.add("talker", -waited_s)
             self._clock.add("visits", waited_s)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from quaver.config import CodecConfig, ModelConfig, parse, read_codec_config, read_json
 from quaver.errors import CheckpointError
-from quaver.files import new_folder, write_file
+from quaver.files import new_folder, sync, write_file
 from quaver.provenance import CODEC, PROVENANCE, Origin, Provenance, Step, check_file, check_sum, walk
 
 WEIGHTS = "model.safetensors"
@@ -152,20 +152,27 @@ class Checkpoint:
         The folder appears whole or not at all. Raises RecipeError when ``out`` exists or its parent does not,
         BudgetError when the disk is full, Damaged when the model read is not what its provenance says.
         """
-        with new_folder(out) as aside:
+        # Summing what is read takes as long as writing, and waits for nothing of it; nor does summing what is written
+        # wait until that has reached the disk.
+        with new_folder(out) as aside, ThreadPoolExecutor() as pool:
+            origins = pool.submit(self.origins) if self.edits else None
             write_tensors(aside / WEIGHTS, self.tensors(), len(self.specs))
+            synced = [pool.submit(sync, aside / WEIGHTS)]
             self._copy_side_files(aside)
             if self.codec_edits:
                 write_tensors(aside / CODEC / WEIGHTS, self.codec_tensors(), len(self.codec_specs))
+                synced.append(pool.submit(sync, aside / CODEC / WEIGHTS))
             if self.settings == read_json(self.path / "config.json"):
                 shutil.copyfile(self.path / "config.json", aside / "config.json")
             else:
                 (aside / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
             steps = self.provenance.steps
-            if self.edits:
-                origins = self.origins()
-                steps += tuple(replace(step, parents=(*origins, *step.parents)) for step, _ in self.edits)
+            if origins is not None:
+                parents = origins.result()
+                steps += tuple(replace(step, parents=(*parents, *step.parents)) for step, _ in self.edits)
             (aside / PROVENANCE).write_text(Provenance.of(aside, steps).to_json(), encoding="utf-8")
+            for one in synced:
+                one.result()
 
     def origins(self) -> tuple[Origin, ...]:
         """What this model is, as a parent of another: itself, and where its speech tokenizer is elsewhere, that.
@@ -312,6 +319,18 @@ def read_tensor(spec: Spec, name: str) -> Tensor:
     return _checked(spec, name, tensor)
 
 
+def mapped(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``specs`` as their files are mapped: none is in memory, or held against its sum, until it is read.
+
+    Raises CheckpointError for a file that cannot be mapped.
+    """
+    for file in _files(specs):
+        with _open(file) as weights:
+            for name, spec in specs.items():
+                if spec.file == file:
+                    yield name, weights.get_tensor(name)
+
+
 def _stream(specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
     """The tensors in the order of the files; while one is at work, the next are held against their sums."""
     with ThreadPoolExecutor(_N_AHEAD) as pool:
@@ -359,7 +378,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected: int) -> None:
-    """Writes a safetensors file tensor by tensor.
+    """Writes a safetensors file tensor by tensor; whoever needs it on the disk sees to that (see files.sync).
 
     The header stands before the data but is known after it: room is kept and filled with spaces, as the format
     allows.
@@ -385,8 +404,6 @@ def write_tensors(path: Path, tensors: Iterator[tuple[str, Tensor]], n_expected:
             raise CheckpointError(f"{path}: {len(header)} tensors came from {n_expected}: more than an edit may add")
         out.seek(0)
         out.write((room - 8).to_bytes(8, "little") + text)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _append(out: IO[bytes], header: dict[str, Any], name: str, tensor: Tensor, position: int) -> int:

@@ -21,7 +21,7 @@ from quaver import awq
 from quaver.checkpoint import WEIGHTS, Checkpoint, Edit, read_specs, write_tensors
 from quaver.corpus import Progress
 from quaver.errors import CheckpointError, RecipeError
-from quaver.files import check_new, new_folder
+from quaver.files import check_new, new_folder, sync
 from quaver.int4 import GROUP, IN_TURN, pack, unpack
 from quaver.model.homes import LAYERS
 from quaver.model.talker import TextProjection
@@ -192,6 +192,7 @@ def _write_qwen3(checkpoint: Checkpoint, out: Path, progress: Progress | None) -
     end = checkpoint.config.im_end_token_id
     with new_folder(out) as aside:
         write_tensors(aside / WEIGHTS, text.tensors(), len(text.specs))
+        sync(aside / WEIGHTS)
         for source in (checkpoint.path / name for name in _TOKENIZER):
             if source.exists():
                 shutil.copyfile(source, aside / source.name)

@@ -82,6 +82,12 @@ def write_file(path: Path | str, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Returns when the file at ``path`` is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def disk_error(error: OSError, out: Path) -> BudgetError | RecipeError:
     """What a failed write to ``out`` means to the user."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ CARD = "README.md"
 UNKNOWN = "unknown"
 HEADER = "__header__"
 """Under this name, beside the tensors, stands the sum of all that comes before them in a weight file."""
+_READ_BYTES = 1 << 20
 _DIFFERS = f"differs from its SHA-256 in {PROVENANCE}: it was changed or damaged; get the file again"
 
 
@@ -57,7 +59,9 @@ class Origin:
     @classmethod
     def of(cls, folder: Path, files: Mapping[str, Path]) -> Origin:
         """That of the model in ``folder``, of which ``files`` were read."""
-        return cls(model_name(folder), licences(folder), {name: File.of(path) for name, path in files.items()})
+        with ThreadPoolExecutor() as pool:
+            found = dict(zip(files, pool.map(File.of, files.values()), strict=True))
+        return cls(model_name(folder), licences(folder), found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +89,11 @@ class Provenance:
     def of(cls, folder: Path, steps: tuple[Step, ...]) -> Provenance:
         """That of the model in ``folder``, which ``steps`` made: every file and tensor is summed."""
         found = walk(folder)
-        return cls(
-            steps,
-            {name: File.of(path) for name, path in found.items()},
-            {name: dict(sums(path)) for name, path in found.items() if path.suffix == ".safetensors"},
-        )
+        weights = {name: path for name, path in found.items() if path.suffix == ".safetensors"}
+        with ThreadPoolExecutor() as pool:
+            tensors = pool.map(lambda path: dict(sums(path)), weights.values())
+            files = pool.map(File.of, found.values())
+            return cls(steps, dict(zip(found, files, strict=True)), dict(zip(weights, tensors, strict=True)))
 
     @classmethod
     def read(cls, folder: Path) -> Provenance:
@@ -213,17 +217,27 @@ def sums(path: Path) -> Iterator[tuple[str, str]]:
     Together they cover every byte. Whoever knows the header's sum compares it before asking on: the places of the
     tensors stand in it.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = 8 + int.from_bytes(data[:8], "little")
-        yield HEADER, hashlib.sha256(data[:start]).hexdigest()
-        header: dict[str, Any] = json.loads(data[8:start])
+    # Read, not mapped: what is mapped counts as this process's memory.
+    with path.open("rb", buffering=0) as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        yield HEADER, _sum(file, start)
+        file.seek(8)
+        header: dict[str, Any] = json.loads(file.read(min(start, path.stat().st_size) - 8))
         header.pop("__metadata__", None)
-        with memoryview(data) as view:
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                first, last = entry["data_offsets"]
-                with view[start + first : start + last] as part:
-                    total = hashlib.sha256(part).hexdigest()
-                yield name, total
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            file.seek(start + first)
+            yield name, _sum(file, last - first)
+
+
+def _sum(file: FileIO, n_bytes: int) -> str:
+    """The SHA-256 of the next ``n_bytes`` of ``file``, or of those that there are."""
+    total, room = hashlib.sha256(), memoryview(bytearray(min(n_bytes, _READ_BYTES)))
+    while n_bytes and (n_read := file.readinto(room[: min(n_bytes, len(room))])):
+        total.update(room[:n_read])
+        n_bytes -= n_read
+    return total.hexdigest()
 
 
 def check_size(path: Path, expected: File) -> None:

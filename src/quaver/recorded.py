@@ -20,10 +20,11 @@ class Recorded:
     shapes and types records the steps as a CUDA graph, which later ones replay: what they return holds until the next
     such call. The function must not look at values; memory of its own that it works in must stay where it is, and is
     worked in once a call. Recordings and what they hold last as long as this, or until `forget`.
+    Those of ``beside``, if given, work in the same memory: the two must take turns.
     """
 
-    def __init__(self, fn: Function) -> None:
-        self._fn = fn
+    def __init__(self, fn: Function, beside: Recorded | None = None) -> None:
+        self._fn, self._beside = fn, beside
         self._recordings: dict[object, _Recording | None] = {}
         _ALL.add(self)
 
@@ -38,8 +39,13 @@ class Recorded:
             return self._fn(*inputs)
         recording = self._recordings[kind]
         if recording is None:
-            recording = self._recordings[kind] = _Recording.of(self._fn, inputs)
+            recording = self._recordings[kind] = _Recording.of(self._fn, inputs, self._room())
         return recording.replay(inputs)
+
+    def _room(self) -> torch.cuda.CUDAGraph | None:
+        """A graph whose memory recordings may work in, None where there is none: then each has its own."""
+        there = () if self._beside is None else self._beside._recordings.values()
+        return next((one.graph for one in there if one is not None), None)
 
     def forget(self) -> None:
         """Lets all recordings go."""
@@ -64,8 +70,8 @@ class _Recording:
     outputs: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, fn: Function, given: tuple[Tensor, ...]) -> _Recording:
-        """The recording of ``fn`` on inputs like ``given``."""
+    def of(cls, fn: Function, given: tuple[Tensor, ...], room: torch.cuda.CUDAGraph | None) -> _Recording:
+        """The recording of ``fn`` on inputs like ``given``, that works in the memory of ``room``."""
         device = given[0].device
         inputs = tuple(one.clone(memory_format=torch.contiguous_format) for one in given)
         graph, stream = torch.cuda.CUDAGraph(), _stream(device)
@@ -74,7 +80,7 @@ class _Recording:
         with torch.cuda.device(device), torch.cuda.stream(stream):
             # As torch.cuda.graph does, but for collecting garbage, which takes longer than recording; and while this
             # thread records, others may go on copying to the device (see model.visiting).
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=None if room is None else room.pool(), capture_error_mode="thread_local")
             try:
                 outputs = fn(*inputs)
             finally:

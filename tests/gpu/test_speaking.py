@@ -1,4 +1,4 @@
-"""Where the talker's layers visit a GPU, the predictor is recorded: the same codes, bit for bit, as when it is not.
+"""Where the talker's layers visit a GPU, they and the predictor are recorded: the same codes, bit for bit, as if not.
 
     python -m pytest tests/gpu/test_speaking.py -q
 
@@ -14,6 +14,7 @@ import toy
 from quaver import batch
 from quaver.engine import Engine, Knobs
 from quaver.meter import Clock
+from quaver.model import steps
 from quaver.model.tts import TTS, Utterance
 from quaver.sampling import Sampling
 from quaver.voice import Voice
@@ -46,17 +47,24 @@ def spoken(tts, knobs, n_rows, **more):
 
 @pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_recorded_predictor_says_the_same_codes(wide, dtype, knobs, monkeypatch):
+def test_a_recorded_model_says_the_same_codes(wide, dtype, knobs, monkeypatch):
     stays, visits = (TTS.load(wide, device="cuda", dtype=dtype, room_bytes=n) for n in (None, 0))
     for n_rows in (1, 5, 62):
-        plain = spoken(stays, knobs, n_rows)
-        recorded = spoken(visits, knobs, n_rows, clock=Clock(visits.device))
+        recorded, again = (spoken(visits, knobs, n_rows, clock=Clock(visits.device)) for _ in range(2))
         with monkeypatch.context() as plainly:
-            plainly.setattr(batch, "Recorded", lambda fn: fn)
+            for module in (batch, steps):
+                plainly.setattr(module, "Recorded", lambda fn, beside=None: fn)
             visited = spoken(visits, knobs, n_rows)
-        for one, two, three in zip(plain, visited, recorded, strict=True):
+        with monkeypatch.context() as plainly:
+            plainly.setattr(batch, "RecordedSteps", lambda decoder, cache: None)
+            passed = spoken(visits, knobs, n_rows)
+        plain = spoken(stays, knobs, n_rows)
+        # Recorded steps attend to all of the cache under a mask: other sums than those of the layers themselves.
+        for one, two, three in zip(recorded, again, visited, strict=True):
             assert torch.equal(one, two)
             assert torch.equal(one, three)
+        for one, two in zip(passed, plain, strict=True):
+            assert torch.equal(one, two)
 
 
 def test_a_batch_that_is_done_holds_nothing(wide):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from quaver.checkpoint import Spec, mapped
 from quaver.errors import CheckpointError
 from quaver.int8 import SUFFIXES as INT8_SUFFIXES
 
@@ -58,3 +59,15 @@ def _check_finite(tensor: Tensor, name: str, where: str) -> None:
         return
     n_bad = int((~tensor.isfinite()).sum())
     raise CheckpointError(f"{where}: tensor {name} has {n_bad} values that are NaN or infinite")
+
+
+def map_anew(module: nn.Module, specs: Mapping[str, Spec]) -> None:
+    """Gives the parameters of ``module`` that are on the host as ``specs`` say they are stored new maps of their files.
+
+    Checking a tensor brings all of it to memory, where it counts as long as it stays mapped, and of some few rows are
+    ever read.
+    """
+    parameters = {name: one for name, one in module.named_parameters() if one.device.type == "cpu" and name in specs}
+    kept = {name: specs[name] for name, one in parameters.items() if one.dtype == specs[name].dtype}
+    for name, tensor in mapped(kept):
+        parameters[name].data = tensor

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quaver.config import DecoderConfig
 
@@ -85,6 +86,13 @@ def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
 
 
+class Past(Protocol):
+    """What the layers of a decoder have heard before."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores [B, H, n, d] at each row's next positions and returns all keys and values that may be attended to."""
+
+
 class KVCache:
     """Keys and values of every layer, allocated once: [L, B, H, C, d] each.
 
@@ -97,7 +105,7 @@ class KVCache:
         self.keys, self.values = like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
         everywhere = torch.arange(capacity, device=like.device)[None]
-        self._rotary = Rotary.at(everywhere, config.head_dim, config.rope_theta, like.dtype)
+        self.turns = Rotary.at(everywhere, config.head_dim, config.rope_theta, like.dtype)
         self._rows = torch.arange(batch, device=like.device)
         self._longest = 0
         self._even = True
@@ -115,9 +123,9 @@ class KVCache:
         """The rotary tables of the next ``n`` positions of each row."""
         if self._even:
             new = slice(self._longest, self._longest + n)
-            return Rotary(self._rotary.cos[:, :, new], self._rotary.sin[:, :, new])
+            return Rotary(self.turns.cos[:, :, new], self.turns.sin[:, :, new])
         at = self.positions(n)
-        return Rotary(self._rotary.cos[0, 0][at][:, None], self._rotary.sin[0, 0][at][:, None])
+        return Rotary(self.turns.cos[0, 0][at][:, None], self.turns.sin[0, 0][at][:, None])
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores [B, H, n, d] at each row's next positions and returns all keys and values up to the longest row."""
@@ -128,8 +136,9 @@ class KVCache:
             self.values[layer, :, :, self._longest : end] = values
         else:
             at = (self._rows[:, None], slice(None), self.positions(n))
-            self.keys[layer][at] = keys.transpose(1, 2)
-            self.values[layer][at] = values.transpose(1, 2)
+            # Unlike a slice, an index takes no other type than its own.
+            self.keys[layer][at] = keys.transpose(1, 2).to(self.keys.dtype)
+            self.values[layer][at] = values.transpose(1, 2).to(self.values.dtype)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def mask(self, n: int) -> Tensor | None:
@@ -150,6 +159,17 @@ class KVCache:
             self._even = self._longest == shortest
 
 
+def attend_once(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """What one position of each row attends to: ``q`` [B, H', 1, d], H' a multiple of the H heads of ``keys``.
+
+    Heads that share keys go as positions of one head: on a GPU nothing but the plainest way shares keys under a mask,
+    by repeating them in float32.
+    """
+    shared = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask).reshape(q.shape)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with a norm on every query and key head."""
 
@@ -164,7 +184,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
         self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cache: Past | None, layer: int, mask: Tensor | None) -> Tensor:
         batch, n, _ = x.shape
         heads = (batch, n, -1, self.head_dim)
         q = rotary.turn(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2))
@@ -172,8 +192,11 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.write(layer, k, v)
-        causal = mask is None and n > 1
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        q, causal = q.to(k.dtype), mask is None and n > 1
+        if x.is_cuda and mask is not None and n == 1:
+            y = attend_once(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, n, -1).to(x.dtype))
         return out
 
@@ -203,7 +226,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, cache: KVCache | None = None, layer: int = 0, mask: Tensor | None = None
+        self, x: Tensor, rotary: Rotary, cache: Past | None = None, layer: int = 0, mask: Tensor | None = None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, layer, mask)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))

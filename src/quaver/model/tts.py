@@ -25,7 +25,7 @@ from quaver.model import speaker as speaker_encoder
 from quaver.model.codec import CodecDecoder
 from quaver.model.codec_encoder import Codec
 from quaver.model.encoders import load_codec_encoder, load_speaker_encoder
-from quaver.model.filling import fill
+from quaver.model.filling import fill, map_anew
 from quaver.model.homes import ENCODER, HELD, LAYERS, TEXT_EMBEDDING, Placement, default_dtype, homes, layers_bytes
 from quaver.model.sparing import lent
 from quaver.model.speaker import SpeakerEncoder
@@ -61,10 +61,6 @@ class Prompt:
 
     embeds: Tensor
     tail: Tensor
-
-    def text_at(self, frame: int) -> Tensor:
-        """The text vector [D] that is added to frame ``frame``."""
-        return self.tail[min(frame, len(self.tail) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +186,8 @@ class TTS:
         where = str(checkpoint.path)
         visits = room_bytes is not None and layers_bytes(checkpoint.specs, dtype) > room_bytes
         fill(model, checkpoint.tensors(), where, homes(device, placement, visits=visits), dtype)
+        if visits and not checkpoint.edits:
+            map_anew(model, checkpoint.specs)
         host = torch.device("cpu")
         fill(
             sound, checkpoint.codec_tensors(), str(checkpoint.codec_path),
@@ -201,6 +199,8 @@ class TTS:
             sound.decoder.settle(device, sound_dtype, on_host=placement.sound_on_host)
         else:
             sound.decoder.settle(host, torch.float32)
+            if not checkpoint.codec_edits:
+                map_anew(sound, checkpoint.codec_specs)
         if visits:
             decoder, type_ = model.talker.model, model.talker.codec_head.weight.dtype
             decoder.layers = Visiting(checkpoint.config.talker_config, checkpoint.specs, LAYERS, device, type_)

@@ -7,15 +7,19 @@ system keeps of them in its cache it can take back at any time, and no process c
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from weakref import finalize
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quaver.checkpoint import Spec
 from quaver.config import DecoderConfig
@@ -24,6 +28,8 @@ from quaver.model.layers import DecoderLayer
 
 _N_SLOTS = 2
 _N_READERS = min(16, os.cpu_count() or 1)
+_SHARE_BYTES = 1 << 22
+"""The least that is worth a reader: each has to be told, and to tell, through the interpreter."""
 _ALIGNMENT = 64
 """Where a tensor may begin in a slot, in bytes."""
 
@@ -38,7 +44,7 @@ class _Place:
     at: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Part:
     """So many bytes of a file, and where in a slot they go."""
 
@@ -54,22 +60,52 @@ class _Layer:
     def __init__(
         self, specs: Mapping[str, Spec], names: Mapping[str, str], starts: Mapping[Path, Mapping[str, int]]
     ) -> None:
-        self.places: list[_Place] = []
-        self.n_bytes = 0
-        for name, full in names.items():
-            spec = specs[full]
-            self.places.append(_Place(name, spec, starts[spec.file][full], self.n_bytes))
-            self.n_bytes += _aligned(spec.n_bytes)
-        # Tensors differ too much in size to be shared out whole, and each task costs the interpreter its time.
-        share = -(-self.n_bytes // _N_READERS)
-        self.shares: list[list[_Part]] = [[] for _ in range(_N_READERS)]
+        found = [specs[full] for full in names.values()]
+        ats, self.n_bytes = _laid_out([spec.n_bytes for spec in found])
+        self.places = [
+            _Place(name, spec, starts[spec.file][full], at)
+            for (name, full), spec, at in zip(names.items(), found, ats, strict=True)
+        ]
+        # Tensors differ too much in size to be shared out whole.
+        share = max(_SHARE_BYTES, -(-self.n_bytes // _N_READERS))
+        self.shares: list[list[_Part]] = [[] for _ in range(-(-self.n_bytes // share))]
         for place in self.places:
             done = 0
             while done < place.spec.n_bytes:
                 reader = (place.at + done) // share
                 n_bytes = min(place.spec.n_bytes - done, (reader + 1) * share - place.at - done)
-                self.shares[reader].append(_Part(place.spec.file, place.start + done, place.at + done, n_bytes))
+                _add(self.shares[reader], _Part(place.spec.file, place.start + done, place.at + done, n_bytes))
                 done += n_bytes
+
+
+def _add(parts: list[_Part], new: _Part) -> None:
+    """Adds ``new`` to the ``parts``, to the last of them where it only goes on with that."""
+    if parts:
+        last = parts[-1]
+        if (last.file, last.start + last.n_bytes, last.at + last.n_bytes) == (new.file, new.start, new.at):
+            last.n_bytes += new.n_bytes
+            return
+    parts.append(new)
+
+
+class _Readers:
+    """Threads that read, each with the files open for itself; they end, and the files close, when this is dropped."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Raises CheckpointError for a file that cannot be opened."""
+        self._pool = ThreadPoolExecutor(_N_READERS)
+        opened = ExitStack()
+        finalize(self, opened.close)
+        self._opened = [{file: opened.enter_context(_open(file)) for file in sorted(files)} for _ in range(_N_READERS)]
+
+    def read(self, layer: _Layer, room: memoryview) -> None:
+        """Reads ``layer`` into ``room``. Raises CheckpointError."""
+        reading = [
+            self._pool.submit(_read, opened, share, room)
+            for opened, share in zip(self._opened, layer.shares, strict=False)
+        ]
+        for one in reading:
+            one.result()
 
 
 class Visiting(nn.ModuleList):
@@ -85,15 +121,25 @@ class Visiting(nn.ModuleList):
         super().__init__()
         with torch.device("meta"):
             names = list(DecoderLayer(config).state_dict())
-        full = [{name: f"{prefix}.{index}.{name}" for name in names} for index in range(config.num_hidden_layers)]
-        files = {specs[name].file for layer in full for name in layer.values()}
+        files = {spec.file for name, spec in specs.items() if name.startswith(f"{prefix}.")}
         starts = {file: _starts(file) for file in files}
-        self._layers = [_Layer(specs, layer, starts) for layer in full]
+
+        def place(name: str) -> tuple[Path, int]:
+            full = f"{prefix}.0.{name}"
+            return specs[full].file, starts[specs[full].file][full]
+
+        # As most files have them, so that what stands side by side there is read at once.
+        names.sort(key=place)
+        self._layers = [
+            _Layer(specs, {name: f"{prefix}.{index}.{name}" for name in names}, starts)
+            for index in range(config.num_hidden_layers)
+        ]
         n_bytes = max(layer.n_bytes for layer in self._layers)
+        shapes = {place.name: place.spec.shape for place in self._layers[0].places}
         # In a plain list, which hides them from the module: their weights belong to no layer in particular.
-        self._slots = [_Slot(config, n_bytes, device, dtype) for _ in range(min(_N_SLOTS, len(self._layers)))]
+        self._slots = [_Slot(config, shapes, n_bytes, device, dtype) for _ in range(min(_N_SLOTS, len(self._layers)))]
         # Threads end when these are dropped, with the model.
-        self._ahead, self._readers = ThreadPoolExecutor(1), ThreadPoolExecutor(_N_READERS)
+        self._ahead, self._readers = ThreadPoolExecutor(1), _Readers(files)
         self._coming: list[Future[None]] = []
         self._waited_s = 0.0
 
@@ -135,7 +181,15 @@ class _Slot:
     they have arrived, and when the layer before them has been run.
     """
 
-    def __init__(self, config: DecoderConfig, n_bytes: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        shapes: Mapping[str, tuple[int, ...]],
+        n_bytes: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Room for ``n_bytes`` of tensors of the ``shapes``, in their order, which compute in ``dtype``."""
         self._device, self._dtype = device, dtype
         self._on_gpu = device.type == "cuda"
         self._bytes = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
@@ -143,36 +197,41 @@ class _Slot:
         with torch.device("meta"):
             self.layer = DecoderLayer(config).requires_grad_(requires_grad=False).eval()
         if self._on_gpu:
-            self.layer.to(dtype).to_empty(device=device)
+            sizes = [math.prod(shape) * dtype.itemsize for shape in shapes.values()]
+            ats, n_there = _laid_out(sizes)
+            self._there = torch.empty(n_there, dtype=torch.uint8, device=device)
+            for (name, shape), at, size in zip(shapes.items(), ats, sizes, strict=True):
+                self._put(name, self._there[at : at + size].view(dtype).view(shape))
             self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._arrived, self._used = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def fill(self, layer: _Layer, readers: Executor) -> None:
+    def fill(self, layer: _Layer, readers: _Readers) -> None:
         """Brings ``layer``; called beside what computes. Raises CheckpointError."""
         if self._on_gpu:
             self._arrived.synchronize()
-        reading = [readers.submit(_read, share, self._room) for share in layer.shares]
-        for one in reading:
-            one.result()
-        views = [
-            (place.name, self._bytes[place.at : place.at + place.spec.n_bytes].view(place.spec.dtype))
-            for place in layer.places
-        ]
+        readers.read(layer, self._room)
         if not self._on_gpu:
-            for (name, view), place in zip(views, layer.places, strict=True):
-                parameter = view.view(place.spec.shape).to(self._dtype)
-                self._put(name, nn.Parameter(parameter, requires_grad=False))
+            for place in layer.places:
+                self._put(place.name, self._view(place).view(place.spec.shape).to(self._dtype))
             return
         with torch.cuda.device(self._device), torch.cuda.stream(self._copying):
             self._copying.wait_event(self._used)
-            for name, view in views:
-                self.layer.get_parameter(name).flatten().copy_(view, non_blocking=True)
+            if all(place.spec.dtype == self._dtype for place in layer.places):
+                # Then it lies there as it does here: one call, where each has to wait for the interpreter.
+                self._there.copy_(self._bytes[: layer.n_bytes], non_blocking=True)
+            else:
+                for place in layer.places:
+                    self.layer.get_parameter(place.name).flatten().copy_(self._view(place), non_blocking=True)
             self._arrived.record(self._copying)
 
-    def _put(self, name: str, parameter: nn.Parameter) -> None:
+    def _view(self, place: _Place) -> Tensor:
+        """The bytes here of the tensor that has this ``place``, as what they are."""
+        return self._bytes[place.at : place.at + place.spec.n_bytes].view(place.spec.dtype)
+
+    def _put(self, name: str, value: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
-        setattr(self.layer.get_submodule(module), leaf, parameter)
+        setattr(self.layer.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
 
     def enter(self) -> None:
         """Lets what is asked for next wait until the layer has arrived."""
@@ -185,8 +244,13 @@ class _Slot:
             self._used.record(torch.cuda.current_stream(self._device))
 
 
-def _aligned(n_bytes: int) -> int:
-    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+def _laid_out(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Where tensors of ``sizes`` in bytes begin side by side in a slot, and where the last of them ends."""
+    ats, end = [], 0
+    for size in sizes:
+        ats.append(end)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return ats, end
 
 
 def _starts(file: Path) -> dict[str, int]:
@@ -197,14 +261,20 @@ def _starts(file: Path) -> dict[str, int]:
     return {name: 8 + n_bytes + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _read(parts: Sequence[_Part], room: memoryview) -> None:
-    """Reads ``parts`` of files to where they belong in the slot ``room``."""
+def _open(file: Path) -> FileIO:
+    try:
+        return FileIO(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _read(opened: Mapping[Path, FileIO], parts: Sequence[_Part], room: memoryview) -> None:
+    """Reads ``parts`` of files that are ``opened`` to where they belong in the slot ``room``."""
     try:
         for part in parts:
-            into = room[part.at : part.at + part.n_bytes]
-            with part.file.open("rb", buffering=0) as data:
-                data.seek(part.start)
-                if data.readinto(into) != part.n_bytes:
-                    raise CheckpointError(f"{part.file} was cut short while it was in use: get the file again")
+            data = opened[part.file]
+            data.seek(part.start)
+            if data.readinto(room[part.at : part.at + part.n_bytes]) != part.n_bytes:
+                raise CheckpointError(f"{part.file} was cut short while it was in use: get the file again")
     except OSError as error:
         raise CheckpointError(f"{parts[0].file} cannot be read: {error.strerror}") from error
