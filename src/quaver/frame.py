@@ -17,12 +17,12 @@ from quaver.int4 import Int4Linear
 from quaver.kernels.attention import Heads, Splits, attend, attend_prompt
 from quaver.kernels.linear import Matrix, linear, norm
 from quaver.kernels.persistent import MOST_KEPT, Persistent
-from quaver.kernels.sampler import Slots, sample_first, sample_residual
+from quaver.kernels.sampler import Slots, sample_first, sample_residual, seat, tune
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.sparing import lent
 from quaver.model.tts import TTS, Prompt
 from quaver.recorded import Recorded
-from quaver.sampling import ENDED, MIN_FRAMES, Sampling
+from quaver.sampling import MIN_FRAMES, Sampling
 
 _PROGRAMS = 128
 """About how many programs read a cache at once: as many as a large GPU has processors."""
@@ -109,7 +109,7 @@ class Weights:
         return self.tts.talker.hidden(embeds[None], cache)[0], cache.keys[:, 0], cache.values[:, 0]
 
     def heard(self, embeds: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states [T, D], keys and values [L, G, T, d] of a prompt ``embeds`` [T, D], by seven kernels a layer."""
+        """Hidden states [T, D], keys and values [L, G, T, d] of a prompt [T, D]: seven kernels a layer."""
         config, n, on = self.tts.config.talker_config, len(embeds), _can_overlap(embeds.device)
         d, eps = config.head_dim, config.rms_norm_eps
         shape = (config.num_hidden_layers, config.num_key_value_heads, n, d)
@@ -228,28 +228,23 @@ class FrameGraph:
     @torch.inference_mode()
     def join(self, slot: int, prompt: Prompt, seed: int, sampling: Sampling, residual: Sampling) -> None:
         """Begins an utterance in ``slot``, whatever was there; the other slots do not notice."""
-        slots = self.slots
         n_prompt, n_text = len(prompt.embeds), min(len(prompt.tail), self.n_lines)
         assert n_prompt < self.capacity, "the prompt is longer than the slot"
         last, keys, values = self.weights.prefill(prompt.embeds)
         self.hidden[slot] = last
         self._talker.keys[:, slot, :, :n_prompt] = keys
         self._talker.values[:, slot, :, :n_prompt] = values
-        slots.texts[slot, :n_text] = prompt.tail[:n_text]
-        slots.codes[:, slot], slots.stops[:, slot] = ENDED, 0
-        slots.seen[slot] = 0
-        for state, value in (
-            (slots.seed, seed), (slots.frame, 0), (slots.prompt, n_prompt), (slots.past, n_prompt),
-            (slots.n_text, n_text), (slots.alive, 1),
-        ):  # fmt: skip
-            state[slot] = value
-        self.tune(slot, sampling, residual)
+        self.slots.texts[slot, :n_text] = prompt.tail[:n_text]
+        seat(self.slots, slot, seed, n_prompt, n_text, sampling, residual)
+        self._note_demands(slot, sampling, residual)
 
     @torch.inference_mode()
     def tune(self, slot: int, sampling: Sampling, residual: Sampling) -> None:
         """Sets the knobs of ``slot`` from its next frame on."""
-        for knobs, given in ((self.slots.first, sampling), (self.slots.residual, residual)):
-            knobs[slot] = torch.tensor([given.temperature, given.top_k, given.top_p, given.penalty])
+        tune(self.slots, slot, sampling, residual)
+        self._note_demands(slot, sampling, residual)
+
+    def _note_demands(self, slot: int, sampling: Sampling, residual: Sampling) -> None:
         self._demanding.discard(slot)
         if any(given.temperature > 0 and not 0 < given.top_k <= MOST_KEPT for given in (sampling, residual)):
             self._demanding.add(slot)

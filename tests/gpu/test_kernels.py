@@ -28,12 +28,12 @@ from quaver.voice import Voice
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is not installed here")
 
-from quaver import frame as frames
+from quaver import frame as frame_module
 from quaver.frame import FrameGraph, Weights
 from quaver.kernels import linear as products
 from quaver.kernels.attention import Heads, Splits, attend, attend_prompt
 from quaver.kernels.linear import Matrix, linear, norm
-from quaver.kernels.sampler import Slots, sample_first, sample_residual
+from quaver.kernels.sampler import Slots, sample_first, sample_residual, seat, tune
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -243,6 +243,27 @@ def test_codes_are_those_of_the_reference(n_ids, knobs):
     assert n_wrong == 0 if not ON_GPU else n_wrong <= 1
 
 
+@pytest.mark.parametrize("seed", [5, 2**40 + 7, -(2**50), -1])
+def test_a_slot_is_begun_anew_and_the_others_are_left_alone(seed):
+    slots = Slots.of(3, 300, 4, 90, 16, torch.zeros(90, 24, device=DEVICE))
+    slots.seen.fill_(1)
+    slots.codes.fill_(7)
+    slots.stops.fill_(2)
+    seat(slots, 1, seed, 17, 3, Sampling(0.9, 50, 1.0, 1.05), Sampling(0.0, 5, 0.8, 1.0))
+    assert slots.seed.tolist() == [0, seed, 0]
+    states = (slots.frame, slots.past, slots.prompt, slots.n_text, slots.alive)
+    assert [state.tolist() for state in states] == [[0, 0, 0], [0, 17, 0], [0, 17, 0], [1, 3, 1], [0, 1, 0]]
+    assert slots.seen.sum(1).tolist() == [90, 0, 90]
+    assert (slots.codes[:, 1] == ENDED).all()
+    assert (slots.stops[:, 1] == 0).all()
+    assert (slots.codes[:, ::2] == 7).all()
+    assert (slots.stops[:, ::2] == 2).all()
+    assert torch.allclose(slots.first.cpu(), torch.tensor([[1.0] * 4, [0.9, 50, 1, 1.05], [1] * 4]))
+    tune(slots, 2, Sampling(0.5, 7, 0.6, 1.1), Sampling(0.0))
+    assert torch.allclose(slots.first[2].cpu(), torch.tensor([0.5, 7, 0.6, 1.1]))
+    assert torch.allclose(slots.residual[1].cpu(), torch.tensor([0.0, 5, 0.8, 1]))
+
+
 N_CODEBOOKS = 16 if ON_GPU else 4
 
 
@@ -318,7 +339,7 @@ def _last(found):
 
 
 def test_prompts_are_filled_up_to_few_lengths():
-    lengths = [frames._filled(n) for n in range(1, 257)]
+    lengths = [frame_module._filled(n) for n in range(1, 257)]
     assert sorted(set(lengths)) == [16, 32, 48, 64, 96, 128, 192, 256]
     assert all(0 <= length - n < max(16, n / 2) for n, length in enumerate(lengths, 1))
 

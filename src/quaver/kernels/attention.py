@@ -1,7 +1,7 @@
 """Attention of a few new positions over a cache, or of a prompt: head norms, turns, cache write and sum, in one.
 
-Shapes: B slots, T positions of a prompt, R rows (new positions one after the other, each B slots), H query heads, G key heads, C capacity,
-d head size. Each slot has its own length.
+Shapes: B slots, T positions of a prompt, R rows (new positions one after the other, each B slots), H query heads, G key
+heads, C capacity, d head size. Each slot has its own length.
 """
 
 from __future__ import annotations

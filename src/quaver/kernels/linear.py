@@ -25,7 +25,7 @@ _PROGRAMS = 128
 """About as many as a large GPU has processors."""
 MANY_ROWS = 256
 """From so many rows on, a long prompt's, a weight is read and widened for 128 of them at a time."""
-_LARGE_BYTES = 160_000
+_LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +168,8 @@ class _Tiles:
 
 @cache
 def _is_large(device: torch.device) -> bool:
-    """Whether a processor of the GPU has the shared memory for large tiles; without one, nothing is too large."""
-    if device.type != "cuda":
-        return True
-    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return found >= _LARGE_BYTES
+    """Whether a processor of the GPU has 160 KB of shared memory, for large tiles; without one, nothing is too large."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in _LARGE
 
 
 @triton.jit
