@@ -114,6 +114,19 @@ def test_a_product_errs_at_most_twice_as_much_as_a_plain_one(n_out, n_in, dtype,
         assert rms(y.cpu() - wanted) <= 2 * rms(reference(dtype, plain) - wanted) + 2e-7 * rms(wanted)
 
 
+@pytest.mark.skipif(ON_GPU, reason="there the rows of a long prompt are among those above")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("int4", [False, True])
+def test_tiles_for_many_rows_give_the_same_as_those_for_few(int4, gated, monkeypatch):
+    weight = random_int4(40 * (2 if gated else 1), 384)
+    matrix = Matrix(None, Lanes.of(weight), None) if int4 else Matrix(weight.dequantize().half(), None, None)
+    x, few, many = torch.randn(140, 384).half(), torch.empty(140, 40).half(), torch.empty(140, 40).half()
+    linear(x, matrix, few, gated=gated)
+    monkeypatch.setattr(products, "MANY_ROWS", 100)
+    linear(x, matrix, many, gated=gated)
+    assert torch.allclose(few, many, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("n_new", "n_splits", "lengths"),

@@ -168,7 +168,7 @@ class _Tiles:
 
 @cache
 def _is_large(device: torch.device) -> bool:
-    """Whether a processor of the GPU has 160 KB of shared memory, for large tiles; without one, nothing is too large."""
+    """Whether the GPU's processors have 160 KB of shared memory, for large tiles; without a GPU nothing is too large."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in _LARGE
 
 
