@@ -168,7 +168,7 @@ class _Tiles:
 
 @cache
 def _is_large(device: torch.device) -> bool:
-    """Whether the GPU's processors have 160 KB of shared memory, for large tiles; without a GPU nothing is too large."""
+    """Whether the processors of a GPU have 160 KB of shared memory, for large tiles; without one all is well."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in _LARGE
 
 
