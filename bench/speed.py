@@ -285,7 +285,7 @@ def graph_ms(run: Callable[[], None], n: int = 50) -> float:
     return device_ms(graph.replay, n)
 
 
-def device_ms(run: Callable[[], None], n: int) -> float:
+def device_ms(run: Callable[[], object], n: int) -> float:
     """The milliseconds of one of ``n`` runs in a row, as the device counts them."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     first.record()
@@ -308,14 +308,18 @@ def _copy(source: Tensor, target: Tensor) -> None:
     target.copy_(source)
 
 
+def _utterance(tts: TTS, seed: int) -> Utterance:
+    width = tts.config.talker_config.hidden_size
+    voice = Voice(name="x", speaker=torch.randn(width, generator=torch.Generator().manual_seed(5)))
+    return Utterance("This is what it takes to be heard.", "english", voice, seed=seed)
+
+
 def first_audio(engine: Engine, n: int = 20) -> Row:
     """Seconds from the request to the first four frames' samples: median and 95th percentile of ``n`` after three."""
     tts = engine.tts
-    width = tts.config.talker_config.hidden_size
-    voice = Voice(name="x", speaker=torch.randn(width, generator=torch.Generator().manual_seed(5)))
     seconds = []
     for seed in range(n + 3):
-        utterance = Utterance("This is what it takes to be heard.", "english", voice, seed=seed)
+        utterance = _utterance(tts, seed)
         start = time.perf_counter()
         # Four frames are all: what would be made behind them is no part of this.
         chunks = engine.speak(utterance, replace(SAMPLED, max_frames=5), chunk_frames=4, guard=None)
@@ -329,6 +333,92 @@ def first_audio(engine: Engine, n: int = 20) -> Row:
         "p95_s": later[int(0.95 * (len(later) - 1))],
         "cold_s": seconds[0],
     }
+
+
+PROMPTS = (32, 64, 128, 256, 512, 1024, 2048)
+LENGTHS_S = (10, 30, 60, 120, 180)
+
+
+def prefill_times(weights: Weights) -> list[Row]:
+    """The prompt alone: milliseconds as the host waits for them, and on the device, by positions."""
+    table = weights.tts.talker.model.codec_embedding.weight.detach()
+    found = []
+    with torch.inference_mode():
+        for n in PROMPTS:
+            embeds = table[torch.arange(n, device=table.device) % len(table)]
+            # The first compiles, the second records.
+            for _ in range(3):
+                weights.prefill(embeds)
+            on_device = device_ms(partial(weights.prefill, embeds), 10)
+            times = []
+            for _ in range(10):
+                start = time.perf_counter()
+                weights.prefill(embeds)
+                torch.cuda.synchronize()
+                times.append(1e3 * (time.perf_counter() - start))
+            ms = statistics.median(times)
+            found.append({"positions": n, "ms": ms, "in a row ms": on_device, "positions_s": 1e3 * n / ms})
+    return found
+
+
+def first_audio_parts(weights: Weights, *, whole: bool) -> Row:
+    """Medians of the parts of first audio, in milliseconds, each waited for: together they are more than the whole.
+
+    ``host`` is what ``join`` takes until it returns, before the device has done it.
+    """
+    from quaver.frame import FrameGraph
+
+    tts = weights.tts
+    frame = FrameGraph(weights, 1, 2048, 64, whole=whole)
+    stream = tts.decoder.stream(recorded=True)
+    utterance = _utterance(tts, 0)
+    parts: dict[str, list[float]] = {}
+    clock = 0.0
+
+    def lap(name: str, *, waits: bool = True) -> None:
+        nonlocal clock
+        if waits:
+            synchronize(tts)
+        now = time.perf_counter()
+        parts.setdefault(name, []).append(1e3 * (now - clock))
+        clock = now
+
+    for _ in range(15):
+        synchronize(tts)
+        clock = time.perf_counter()
+        prompt = tts.prompt(utterance)
+        lap("prompt")
+        frame.join(0, prompt, 0, SAMPLED.sampling, SAMPLED.residual)
+        lap("join, host", waits=False)
+        lap("join, device")
+        for _ in range(4):
+            frame.step()
+        lap("four frames")
+        stream.reset()
+        lap("codec reset")
+        codes = frame.slots.codes[:4, 0].long().cpu().clamp(min=0)
+        lap("codes to host")
+        stream.push(codes.to(tts.device, non_blocking=True)).float().cpu()
+        lap("codec")
+    return {"positions": len(prompt.embeds), **{name: statistics.median(ms[3:]) for name, ms in parts.items()}}
+
+
+def growth(weights: Weights, *, whole: bool) -> Row:
+    """Milliseconds of a frame on the device, by how many seconds have been said before it."""
+    from quaver.frame import FrameGraph
+
+    frame = FrameGraph(weights, 1, 4096, 64, whole=whole)
+    found: Row = {}
+    frame.join(0, prompts(weights.tts, 1)[0], 0, SAMPLED.sampling, SAMPLED.residual)
+    for seconds in LENGTHS_S:
+        # What stands in the cache does not matter to the time: the slot is told that it is there.
+        n_said = round(seconds * FRAME_RATE_HZ)
+        frame.slots.frame.fill_(n_said)
+        frame.slots.past.fill_(N_PROMPT + n_said)
+        for _ in range(3):
+            frame.step()
+        found[f"{seconds} s"] = device_ms(frame.step, 30)
+    return found
 
 
 def same_codes(tts: TTS, n_frames: int) -> Row:
@@ -380,6 +470,8 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
         yield f"{kind} {way} b{batches[0]}", partial(graph_times, batches[0], way)
     for batch in batches[1:]:
         yield f"{kind} graph b{batch}", partial(graph_times, batch, "graph")
+    yield f"{kind} prefill", lambda: prefill_times(weights())
+    yield f"{kind} growth", lambda: growth(weights(), whole=True)
     yield f"{kind} roofline", lambda: {"frame_mb": weights().frame_bytes / 1e6}
     yield f"{kind} products", lambda: product_times(weights())
     yield f"{kind} kernels b1", lambda: kernel_times(weights(), 1)
@@ -391,6 +483,7 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
     untried = Engine(tts, untried=True)
     yield f"{kind} engine untried b{batches[0]}", partial(timed_frames, untried, batches[0], n_frames)
     yield f"{kind} first audio untried", lambda: first_audio(untried)
+    yield f"{kind} first audio, parts", lambda: first_audio_parts(weights(), whole=True)
 
 
 def other(command: str, which: str, settings: Mapping[str, Any], codec: Mapping[str, Any], n_frames: int) -> Row:

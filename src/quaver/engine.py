@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quaver import meter, recorded, runtime
@@ -83,9 +84,9 @@ class Engine:
     """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
 
     ``graphs`` False keeps to plain PyTorch there too, as do layers that only visit the device: a graph's must stay.
-    ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes ways that ought to be faster and that no
-    GPU has run yet: a frame as one kernel, recorded prompts, recorded sound. ``memory_bytes`` is what all of it may
-    take of the device: what would take more is refused, with the figures, before anything is said.
+    ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes a frame as one kernel. ``memory_bytes`` is
+    what all of it may take of the device: what would take more is refused, with the figures, before anything is said.
+    Where it is not limited, prompts and sound are recorded, which holds the memory that they work in.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Engine:
         known = not in_int8 and not isinstance(tts.talker.model.layers, Visiting)
         self._graphs = graphs and known and tts.device.type == "cuda" and find_spec("triton") is not None
         self._memory_bytes = memory_bytes
+        self._records = graphs and tts.device.type == "cuda" and memory_bytes is None
         self._weights: Weights | None = None
         self._idle: list[FrameGraph] = []
         self._n_positions = 0
@@ -221,7 +223,7 @@ class Engine:
                 return self._idle.pop(index)
         self._idle = [] if scarce else [graph for graph in self._idle if graph.n_slots != len(prompts)]
         if self._weights is None:
-            self._weights = Weights(self.tts, recorded=self._untried)
+            self._weights = Weights(self.tts, recorded=self._records)
             # What fusing let go of has other sizes than what speaking asks for.
             torch.cuda.empty_cache()
         sizes = (max(n_positions, self._n_positions), n_lines)
@@ -292,9 +294,17 @@ class Engine:
 
     def _stream(self) -> CodecStream:
         """A stream at frame 0: an idle one, for what was recorded is its own, or a new one."""
-        stream = self._sounds.pop() if self._sounds else self.tts.decoder.stream(recorded=self._untried)
+        # Weights that are brought for each push would be held by the recording.
+        recorded = self._records and not self.tts.placement.sound_on_host
+        stream = self._sounds.pop() if self._sounds else self.tts.decoder.stream(recorded=recorded)
         stream.reset()
         return stream
+
+    def _sound(self, stream: CodecStream, frames: Sequence[Tensor]) -> NDArray[np.float32]:
+        """The next samples: the one wait for the device in a chunk, which is at work on the frame after these."""
+        codes = torch.stack(list(frames)).to(self.tts.device, non_blocking=True)
+        samples: NDArray[np.float32] = stream.push(codes).float().cpu().numpy()
+        return samples
 
     def _sentence(self, take: Take, frames: Iterable[Tensor], chunk_frames: int) -> Iterator[Chunk]:
         """One sentence's chunks. Its last 5 ms are held back until it is known whether they end it."""
@@ -311,7 +321,7 @@ class Engine:
         for codes in frames:
             waiting.append(codes)
             if len(waiting) == chunk_frames:
-                samples = stream.push(torch.stack(waiting).to(self.tts.device)).float().cpu().numpy()
+                samples = self._sound(stream, waiting)
                 if n_sent == 0:
                     samples[:n_fade] *= ramp
                 samples = np.concatenate((held, samples))
@@ -321,11 +331,11 @@ class Engine:
         # What was sent is sent: a sentence that ran away is cut no earlier.
         waiting = waiting[: max(0, take.n_kept - n_sent)]
         if waiting:
-            samples = stream.push(torch.stack(waiting).to(self.tts.device)).float().cpu().numpy()
+            samples = self._sound(stream, waiting)
             if n_sent == 0:
                 samples[:n_fade] *= ramp
             held = np.concatenate((held, samples))
-        if self._untried:
+        if self._records:
             self._sounds.append(stream)
         held[-n_fade:] *= ramp[::-1]
         yield Chunk(Audio(held, rate_hz), len(waiting), take.reason)

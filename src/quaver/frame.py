@@ -14,21 +14,21 @@ from torch.nn import functional as F
 
 from quaver.config import SUPPRESSED_IDS, DecoderConfig
 from quaver.int4 import Int4Linear
-from quaver.kernels.attention import Heads, Splits, attend
-from quaver.kernels.linear import Matrix, linear
+from quaver.kernels.attention import Heads, Splits, attend, attend_prompt
+from quaver.kernels.linear import Matrix, linear, norm
 from quaver.kernels.persistent import MOST_KEPT, Persistent
-from quaver.kernels.sampler import Slots, sample_first, sample_residual
+from quaver.kernels.sampler import Slots, sample_first, sample_residual, seat, tune
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.sparing import lent
 from quaver.model.tts import TTS, Prompt
 from quaver.recorded import Recorded
-from quaver.sampling import ENDED, MIN_FRAMES, Sampling
+from quaver.sampling import MIN_FRAMES, Sampling
 
 _PROGRAMS = 128
 """About how many programs read a cache at once: as many as a large GPU has processors."""
 _MOST_SPLITS = 16
-_FILLED = 16
-"""Recorded prompts are filled up to a multiple of so many positions."""
+_MOST_RECORDED = 256
+"""Longer prompts keep a GPU busy while the next kernel is launched, and what they hold would be large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,10 @@ class Weights:
     a product and a launch off every code (and, for a talker of width 2,048, 65 MB). Those on the host are lent.
     """
 
-    def __init__(self, tts: TTS, *, recorded: bool = False) -> None:
+    def __init__(self, tts: TTS, *, recorded: bool = True) -> None:
         talker, predictor = tts.talker, tts.talker.code_predictor
-        self._recorded = Recorded(self._prompt) if recorded and tts.device.type == "cuda" else None
+        self._recorded = Recorded(self.heard) if recorded and tts.device.type == "cuda" else None
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         # The modules outlive whatever inference mode this is called in.
         with torch.inference_mode(False), torch.no_grad():
             self.tts = tts
@@ -91,18 +92,52 @@ class Weights:
     def prefill(self, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the talker makes of the prompt ``embeds`` [T, D]: last hidden state [D], keys and values [L, G, T, d].
 
-        With ``recorded``, prompts are filled up to a length that came before: nothing sees what stands behind it.
+        With ``recorded``, prompts are filled up to one of a few lengths: nothing sees what stands behind it. Without a
+        GPU the modules are as good as the kernels in Triton's interpreter.
         """
         n = len(embeds)
-        if self._recorded is None:
-            hidden, keys, values = self._prompt(embeds)
+        if not embeds.is_cuda:
+            hidden, keys, values = self._from_modules(embeds)
+        elif self._recorded is None or n > _MOST_RECORDED:
+            hidden, keys, values = self.heard(embeds)
         else:
-            hidden, keys, values = self._recorded(F.pad(embeds, (0, 0, 0, -n % _FILLED)))
+            hidden, keys, values = self._recorded(F.pad(embeds, (0, 0, 0, _filled(n) - n)))
         return hidden[n - 1], keys[:, :, :n], values[:, :, :n]
 
-    def _prompt(self, embeds: Tensor) -> tuple[Tensor, ...]:
+    def _from_modules(self, embeds: Tensor) -> tuple[Tensor, ...]:
         cache = KVCache(self.tts.config.talker_config, 1, len(embeds), embeds)
         return self.tts.talker.hidden(embeds[None], cache)[0], cache.keys[:, 0], cache.values[:, 0]
+
+    def heard(self, embeds: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states [T, D], keys and values [L, G, T, d] of a prompt [T, D]: seven kernels a layer."""
+        config, n, on = self.tts.config.talker_config, len(embeds), _can_overlap(embeds.device)
+        d, eps = config.head_dim, config.rms_norm_eps
+        shape = (config.num_hidden_layers, config.num_key_value_heads, n, d)
+        keys, values = embeds.new_empty(shape), embeds.new_empty(shape)
+        x, normed = embeds.clone(), torch.empty_like(embeds)
+        qkv = embeds.new_empty(n, (config.num_attention_heads + 2 * config.num_key_value_heads) * d)
+        attended = embeds.new_empty(n, config.num_attention_heads * d)
+        inner = embeds.new_empty(n, config.intermediate_size)
+        cos, sin = self._turns_of(n, embeds)
+        for layer, own_keys, own_values in zip(self.talker, keys, values, strict=True):
+            heads = Heads(layer.query_gain, layer.key_gain, eps, cos, sin)
+            norm(x, layer.before_attention, eps, normed, overlap=on)
+            linear(normed, layer.qkv, qkv, tensor_cores=True, overlap=on)
+            attend_prompt(qkv, heads, own_keys, own_values, attended, overlap=on)
+            linear(attended, layer.o, x, residual=x, tensor_cores=True, overlap=on)
+            norm(x, layer.before_mlp, eps, normed, overlap=on)
+            linear(normed, layer.gate_up, inner, gated=True, tensor_cores=True, overlap=on)
+            linear(inner, layer.down, x, residual=x, tensor_cores=True, overlap=on)
+        last = self.tts.talker.model.norm
+        norm(x, last.weight, last.eps, normed, overlap=on)
+        return normed, keys, values
+
+    def _turns_of(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of ``n`` positions or more, which stay where they are: recordings read them."""
+        size = max(_MOST_RECORDED, 1 << (n - 1).bit_length())
+        if size not in self._turns:
+            self._turns[size] = _turns(self.tts.config.talker_config, size, like)
+        return self._turns[size]
 
     @property
     def frame_bytes(self) -> int:
@@ -126,8 +161,7 @@ class Stack:
         d, n_heads, n_key_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         shape = (config.num_hidden_layers, n_slots, n_key_heads, capacity, d)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        rotary = Rotary.at(torch.arange(capacity, device=like.device)[None], d, config.rope_theta, like.dtype)
-        self.cos, self.sin = (part[0, 0, :, : d // 2].contiguous() for part in (rotary.cos, rotary.sin))
+        self.cos, self.sin = _turns(config, capacity, like)
         self.qkv = like.new_zeros(n_rows, (n_heads + 2 * n_key_heads) * d)
         self.attended = like.new_zeros(n_rows, n_heads * d)
         self.inner = like.new_zeros(n_rows, config.intermediate_size)
@@ -194,28 +228,23 @@ class FrameGraph:
     @torch.inference_mode()
     def join(self, slot: int, prompt: Prompt, seed: int, sampling: Sampling, residual: Sampling) -> None:
         """Begins an utterance in ``slot``, whatever was there; the other slots do not notice."""
-        slots = self.slots
         n_prompt, n_text = len(prompt.embeds), min(len(prompt.tail), self.n_lines)
         assert n_prompt < self.capacity, "the prompt is longer than the slot"
         last, keys, values = self.weights.prefill(prompt.embeds)
         self.hidden[slot] = last
         self._talker.keys[:, slot, :, :n_prompt] = keys
         self._talker.values[:, slot, :, :n_prompt] = values
-        slots.texts[slot, :n_text] = prompt.tail[:n_text]
-        slots.codes[:, slot], slots.stops[:, slot] = ENDED, 0
-        slots.seen[slot] = 0
-        for state, value in (
-            (slots.seed, seed), (slots.frame, 0), (slots.prompt, n_prompt), (slots.past, n_prompt),
-            (slots.n_text, n_text), (slots.alive, 1),
-        ):  # fmt: skip
-            state[slot] = value
-        self.tune(slot, sampling, residual)
+        self.slots.texts[slot, :n_text] = prompt.tail[:n_text]
+        seat(self.slots, slot, seed, n_prompt, n_text, sampling, residual)
+        self._note_demands(slot, sampling, residual)
 
     @torch.inference_mode()
     def tune(self, slot: int, sampling: Sampling, residual: Sampling) -> None:
         """Sets the knobs of ``slot`` from its next frame on."""
-        for knobs, given in ((self.slots.first, sampling), (self.slots.residual, residual)):
-            knobs[slot] = torch.tensor([given.temperature, given.top_k, given.top_p, given.penalty])
+        tune(self.slots, slot, sampling, residual)
+        self._note_demands(slot, sampling, residual)
+
+    def _note_demands(self, slot: int, sampling: Sampling, residual: Sampling) -> None:
         self._demanding.discard(slot)
         if any(given.temperature > 0 and not 0 < given.top_k <= MOST_KEPT for given in (sampling, residual)):
             self._demanding.add(slot)
@@ -293,6 +322,19 @@ class FrameGraph:
 
 def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _filled(n: int) -> int:
+    """The length that a recorded prompt of ``n`` positions is filled up to: two or so for each power of two."""
+    step = max(16, (1 << (n - 1).bit_length()) // 4)
+    return -(-n // step) * step
+
+
+def _turns(config: DecoderConfig, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [n, d / 2] of the first ``n`` positions."""
+    rotary = Rotary.at(torch.arange(n, device=like.device)[None], config.head_dim, config.rope_theta, like.dtype)
+    cos, sin = (part[0, 0, :, : config.head_dim // 2].contiguous() for part in (rotary.cos, rotary.sin))
+    return cos, sin
 
 
 def _layers(decoder: Decoder) -> list[DecoderLayer]:

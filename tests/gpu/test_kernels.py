@@ -28,17 +28,18 @@ from quaver.voice import Voice
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is not installed here")
 
+from quaver import frame as frame_module
 from quaver.frame import FrameGraph, Weights
 from quaver.kernels import linear as products
-from quaver.kernels.attention import Heads, Splits, attend
-from quaver.kernels.linear import Matrix, linear
-from quaver.kernels.sampler import Slots, sample_first, sample_residual
+from quaver.kernels.attention import Heads, Splits, attend, attend_prompt
+from quaver.kernels.linear import Matrix, linear, norm
+from quaver.kernels.sampler import Slots, sample_first, sample_residual, seat, tune
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32, torch.float16]
 WIDTHS = [(2048, 2048), (6144, 2048), (2048, 6144), (1024, 3072)] if ON_GPU else [(32, 384)]
-ROWS = [1, 2, 5, 16, 64, 130] if ON_GPU else [1, 3, 20]
+ROWS = [1, 2, 5, 16, 64, 130, 300] if ON_GPU else [1, 3, 20]
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,19 @@ def test_a_product_errs_at_most_twice_as_much_as_a_plain_one(n_out, n_in, dtype,
         assert rms(y.cpu() - wanted) <= 2 * rms(reference(dtype, plain) - wanted) + 2e-7 * rms(wanted)
 
 
+@pytest.mark.skipif(ON_GPU, reason="there the rows of a long prompt are among those above")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("int4", [False, True])
+def test_tiles_for_many_rows_give_the_same_as_those_for_few(int4, gated, monkeypatch):
+    weight = random_int4(40 * (2 if gated else 1), 384)
+    matrix = Matrix(None, Lanes.of(weight), None) if int4 else Matrix(weight.dequantize().half(), None, None)
+    x, few, many = torch.randn(140, 384).half(), torch.empty(140, 40).half(), torch.empty(140, 40).half()
+    linear(x, matrix, few, gated=gated)
+    monkeypatch.setattr(products, "MANY_ROWS", 100)
+    linear(x, matrix, many, gated=gated)
+    assert torch.allclose(few, many, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("n_new", "n_splits", "lengths"),
@@ -154,6 +168,46 @@ def test_attention_errs_at_most_twice_as_much_as_a_plain_one(dtype, n_new, n_spl
         attend(*on_device[:1], heads, *on_device[1:], past, splits, out)
         assert rms(out.cpu() - wanted) <= 2 * rms(plain - wanted) + 2e-7 * rms(wanted)
         assert not splits.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 16, 70, 300, 2048] if ON_GPU else [1, 16, 70])
+def test_attention_of_a_prompt_errs_at_most_twice_as_much_as_a_plain_one(dtype, n):
+    n_heads, n_keys, d = (16, 8, 128) if ON_GPU else (4, 2, 32)
+    qkv = torch.randn(n, (n_heads + 2 * n_keys) * d).to(dtype)
+    gains = [(1 + 0.1 * torch.randn(d)).to(dtype) for _ in range(2)]
+    rotary = Rotary.at(torch.arange(n)[None], d, 1e6, dtype)
+    cos, sin = rotary.cos[0, 0], rotary.sin[0, 0]
+
+    def reference(kind, device):
+        q, k, v = qkv.to(device).view(n, -1, d).split([n_heads, n_keys, n_keys], 1)
+        turn = Rotary(cos[:, None].to(device, kind), sin[:, None].to(device, kind))
+        on_device = [gain.to(device) for gain in gains]
+        q, k = turn.turn(normed(q, on_device[0], kind)), turn.turn(normed(k, on_device[1], kind))
+        q, k, v = (part.to(kind).transpose(0, 1) for part in (q, k, v))
+        repeated = [part.repeat_interleave(n_heads // n_keys, 0) for part in (k, v)]
+        seen = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+        scores = (q @ repeated[0].mT * d**-0.5).masked_fill(~seen, -torch.inf)
+        out = scores.softmax(-1) @ repeated[1]
+        return [part.cpu() for part in (out.transpose(0, 1).flatten(1), k, v)]
+
+    wide = Rotary(cos[:, : d // 2].contiguous().to(DEVICE), sin[:, : d // 2].contiguous().to(DEVICE))
+    heads = Heads(gains[0].to(DEVICE), gains[1].to(DEVICE), 1e-6, wide.cos, wide.sin)
+    found = [torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+             for shape in ((n, n_heads * d), (n_keys, n, d), (n_keys, n, d))]  # fmt: skip
+    attend_prompt(qkv.to(DEVICE), heads, found[1], found[2], found[0])
+    wanted, plain = reference(torch.float64, DEVICE), reference(dtype, DEVICE)
+    for one, exact, usual in zip(found, wanted, plain, strict=True):
+        assert rms(one.cpu() - exact) <= 2 * rms(usual - exact) + 2e-7 * rms(exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_of_rows_is_the_models(dtype):
+    x, gain = (torch.randn(*shape).to(dtype) for shape in ((5, 96), (96,)))
+    y = torch.full((5, 96), torch.nan, dtype=dtype, device=DEVICE)
+    norm(x.to(DEVICE), gain.to(DEVICE), 1e-6, y)
+    wanted = normed(x, gain, torch.float64)
+    assert rms(y.cpu() - wanted) <= 2 * rms(normed(x, gain, dtype) - wanted) + 2e-7 * rms(wanted)
 
 
 @pytest.mark.parametrize("n_ids", [3072] if ON_GPU else [90])
@@ -200,6 +254,27 @@ def test_codes_are_those_of_the_reference(n_ids, knobs):
         n_wrong += int((slots.codes[frame, :, 3].cpu()[alive] != middle[alive]).sum())
     # A uniform number within rounding of an edge may fall on its other side: one draw in many thousands.
     assert n_wrong == 0 if not ON_GPU else n_wrong <= 1
+
+
+@pytest.mark.parametrize("seed", [5, 2**40 + 7, -(2**50), -1])
+def test_a_slot_is_begun_anew_and_the_others_are_left_alone(seed):
+    slots = Slots.of(3, 300, 4, 90, 16, torch.zeros(90, 24, device=DEVICE))
+    slots.seen.fill_(1)
+    slots.codes.fill_(7)
+    slots.stops.fill_(2)
+    seat(slots, 1, seed, 17, 3, Sampling(0.9, 50, 1.0, 1.05), Sampling(0.0, 5, 0.8, 1.0))
+    assert slots.seed.tolist() == [0, seed, 0]
+    states = (slots.frame, slots.past, slots.prompt, slots.n_text, slots.alive)
+    assert [state.tolist() for state in states] == [[0, 0, 0], [0, 17, 0], [0, 17, 0], [1, 3, 1], [0, 1, 0]]
+    assert slots.seen.sum(1).tolist() == [90, 0, 90]
+    assert (slots.codes[:, 1] == ENDED).all()
+    assert (slots.stops[:, 1] == 0).all()
+    assert (slots.codes[:, ::2] == 7).all()
+    assert (slots.stops[:, ::2] == 2).all()
+    assert torch.allclose(slots.first.cpu(), torch.tensor([[1.0] * 4, [0.9, 50, 1, 1.05], [1] * 4]))
+    tune(slots, 2, Sampling(0.5, 7, 0.6, 1.1), Sampling(0.0))
+    assert torch.allclose(slots.first[2].cpu(), torch.tensor([0.5, 7, 0.6, 1.1]))
+    assert torch.allclose(slots.residual[1].cpu(), torch.tensor([0.0, 5, 0.8, 1]))
 
 
 N_CODEBOOKS = 16 if ON_GPU else 4
@@ -251,6 +326,35 @@ def test_a_frame_is_what_plain_pytorch_makes_of_it(speaker, knobs, monkeypatch):
         graphs = Engine(speaker).codes(prompts, [0, 1], asked)
         wanted = plain.codes(prompts, [0, 1], asked)
         assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(graphs, wanted, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 15, 33, 256, 300] if ON_GPU else [1, 33])
+def test_a_prompt_is_what_plain_pytorch_makes_of_it(speaker, n, monkeypatch):
+    """Filled up and recorded where it is short, as it is where it is long."""
+    if not ON_GPU:
+        monkeypatch.setattr(products, "_BLOCK_N", 128)
+    weights = Weights(speaker)
+    width = speaker.config.talker_config.hidden_size
+    embeds = torch.randn(n, width, generator=torch.Generator().manual_seed(n)).to(DEVICE)
+    with torch.inference_mode():
+        hidden, *wanted = weights._from_modules(embeds)
+        by_kernels = weights.prefill if ON_GPU else lambda x: _last(weights.heard(x))
+        # On a GPU the second call records, and the third replays.
+        for _ in range(3 if ON_GPU else 1):
+            for one, other in zip(by_kernels(embeds), (hidden[-1], *wanted), strict=True):
+                assert one.shape == other.shape
+                assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def _last(found):
+    hidden, keys, values = found
+    return hidden[-1], keys, values
+
+
+def test_prompts_are_filled_up_to_few_lengths():
+    lengths = [frame_module._filled(n) for n in range(1, 257)]
+    assert sorted(set(lengths)) == [16, 32, 48, 64, 96, 128, 192, 256]
+    assert all(0 <= length - n < max(16, n / 2) for n, length in enumerate(lengths, 1))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device: overlapping launches and captured graphs exist on one only")

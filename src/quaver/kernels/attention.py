@@ -1,7 +1,7 @@
-"""Attention of a few new positions over a cache: the norm of each head, the turn, the cache write and the sum, in one.
+"""Attention of a few new positions over a cache, or of a prompt: head norms, turns, cache write and sum, in one.
 
-Shapes: B slots, R rows (new positions one after the other, each B slots), H query heads, G key heads, C capacity,
-d head size. Each slot has its own length.
+Shapes: B slots, T positions of a prompt, R rows (new positions one after the other, each B slots), H query heads, G key
+heads, C capacity, d head size. Each slot has its own length.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from quaver.kernels.linear import overlapping
 
 _BLOCK_T = 64
+_SHORT = 256
 _SOME_HEADS = 16
 """The fewest rows of a product on the tensor cores: the query heads of one key head are filled up to it."""
 
@@ -84,13 +85,35 @@ def attend(
     )  # fmt: skip
 
 
+def attend_prompt(
+    qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, out: Tensor, *, overlap: bool = False
+) -> None:
+    """Writes the causal attention of the prompt ``qkv`` [T, (H + 2 G) d] into ``out`` [T, H d].
+
+    Its keys, normed and turned, and its values go into ``keys`` and ``values`` [G, T, d].
+    """
+    n_rows, (n_key_heads, n_positions, head_dim) = len(qkv), keys.shape
+    n_heads = out.shape[1] // head_dim
+    assert n_positions == n_rows and qkv.shape[1] == (n_heads + 2 * n_key_heads) * head_dim
+    assert qkv.is_contiguous() and out.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+    per = triton.next_power_of_2(n_heads // n_key_heads)
+    # A short prompt is spread over more programs.
+    block_q = max(_SOME_HEADS // per, 16 if n_rows <= _SHORT else 32)
+    launch = {"launch_pdl": True} if overlap else {}
+    _attend_prompt[(triton.cdiv(n_rows, block_q), n_key_heads)](
+        qkv, heads.query_gain, heads.key_gain, heads.cos, heads.sin, keys, values, out, heads.eps, head_dim**-0.5,
+        n_rows, H=n_heads, G=n_key_heads, D=head_dim, PER=per, BLOCK_Q=block_q,
+        BLOCK_T=32 if qkv.itemsize == 4 else _BLOCK_T, OVERLAP=overlap, num_warps=4, num_stages=2, **launch,
+    )  # fmt: skip
+
+
 @triton.jit
 def _turned(left, right, left_gain, right_gain, cos, sin, eps, D: tl.constexpr):
-    """Halves of heads [rows, d / 2], normed over both and turned, in float32."""
+    """Halves of heads [rows, d / 2], normed over both and turned by ``cos`` and ``sin`` [rows or 1, d / 2], float32."""
     rstd = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / D + eps)
     left = left * rstd[:, None] * left_gain[None, :]
     right = right * rstd[:, None] * right_gain[None, :]
-    return left * cos[None, :] - right * sin[None, :], right * cos[None, :] + left * sin[None, :]
+    return left * cos - right * sin, right * cos + left * sin
 
 
 @triton.jit
@@ -114,7 +137,8 @@ def _attend(
     present = head < per
     at = row * width + (group * per + head[:, None]) * D + half[None, :]
     at_own = (length + own) * (D // 2) + half
-    cos, sin = tl.load(cos_table + at_own).to(tl.float32), tl.load(sin_table + at_own).to(tl.float32)
+    cos = tl.load(cos_table + at_own).to(tl.float32)[None, :]
+    sin = tl.load(sin_table + at_own).to(tl.float32)[None, :]
     gain_left = tl.load(query_gain + half).to(tl.float32)
     gain_right = tl.load(query_gain + D // 2 + half).to(tl.float32)
     left = tl.load(qkv + at, mask=present[:, None], other=0.0).to(tl.float32)
@@ -156,7 +180,8 @@ def _attend(
             if new <= own:
                 base = qkv + (slot + new * n_slots) * width + (H + group) * D
                 turn = (length + new) * (D // 2) + half
-                k_cos, k_sin = tl.load(cos_table + turn).to(tl.float32), tl.load(sin_table + turn).to(tl.float32)
+                k_cos = tl.load(cos_table + turn).to(tl.float32)[None, :]
+                k_sin = tl.load(sin_table + turn).to(tl.float32)[None, :]
                 one_left, one_right = _turned(
                     tl.load(base + half).to(tl.float32)[None, :],
                     tl.load(base + D // 2 + half).to(tl.float32)[None, :],
@@ -206,3 +231,71 @@ def _attend(
     else:
         result = total / weight[:, None]
         tl.store(out + at_heads[:, None] * D + whole[None, :], result.to(dtype), mask=present[:, None])
+
+
+# One compilation serves every length.
+@triton.jit(do_not_specialize=["n_rows"])
+def _attend_prompt(
+    qkv, query_gain, key_gain, cos_table, sin_table, keys, values, out, eps, scale, n_rows,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PER: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    overlapping(OVERLAP)
+    dtype = out.dtype.element_ty
+    first, group = tl.program_id(0) * BLOCK_Q, tl.program_id(1)
+    half = tl.arange(0, D // 2)
+    whole = tl.arange(0, D)
+    width: tl.constexpr = (H + 2 * G) * D
+    per: tl.constexpr = H // G
+
+    # The query heads of a key head are rows side by side: they read the same keys.
+    line = tl.arange(0, BLOCK_Q * PER)
+    own, head = first + line // PER, line % PER
+    present = (own < n_rows) & (head < per)
+    at = own[:, None] * width + (group * per + head[:, None]) * D + half[None, :]
+    at_own = own[:, None] * (D // 2) + half[None, :]
+    cos = tl.load(cos_table + at_own, mask=present[:, None], other=0.0).to(tl.float32)
+    sin = tl.load(sin_table + at_own, mask=present[:, None], other=0.0).to(tl.float32)
+    left = tl.load(qkv + at, mask=present[:, None], other=0.0).to(tl.float32)
+    right = tl.load(qkv + at + D // 2, mask=present[:, None], other=0.0).to(tl.float32)
+    gain_left = tl.load(query_gain + half).to(tl.float32)
+    gain_right = tl.load(query_gain + D // 2 + half).to(tl.float32)
+    left, right = _turned(left, right, gain_left, gain_right, cos, sin, eps, D)
+    q_left, q_right = left.to(dtype), right.to(dtype)
+    key_left = tl.load(key_gain + half).to(tl.float32)
+    key_right = tl.load(key_gain + D // 2 + half).to(tl.float32)
+
+    peak = tl.full((BLOCK_Q * PER,), -1e30, tl.float32)
+    weight = tl.zeros((BLOCK_Q * PER,), tl.float32)
+    total = tl.zeros((BLOCK_Q * PER, D), tl.float32)
+    end = tl.minimum(first + BLOCK_Q, n_rows)
+    for start in range(0, end, BLOCK_T):
+        position = start + tl.arange(0, BLOCK_T)
+        inside = position < end
+        base = position[:, None] * width + (H + group) * D
+        # Normed and turned anew by each block of queries: that is less than one more kernel for all but long prompts.
+        turn = position[:, None] * (D // 2) + half[None, :]
+        k_cos = tl.load(cos_table + turn, mask=inside[:, None], other=0.0).to(tl.float32)
+        k_sin = tl.load(sin_table + turn, mask=inside[:, None], other=0.0).to(tl.float32)
+        k_left = tl.load(qkv + base + half[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        k_right = tl.load(qkv + base + D // 2 + half[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        k_left, k_right = _turned(k_left, k_right, key_left, key_right, k_cos, k_sin, eps, D)
+        k_low, k_high = k_left.to(dtype), k_right.to(dtype)
+        v = tl.load(qkv + base + G * D + whole[None, :], mask=inside[:, None], other=0.0)
+        # Each block of queries stores its own positions.
+        mine = (inside & (position >= first))[:, None]
+        at_new = (group * n_rows + position)[:, None] * D
+        tl.store(keys + at_new + half[None, :], k_low, mask=mine)
+        tl.store(keys + at_new + D // 2 + half[None, :], k_high, mask=mine)
+        tl.store(values + at_new + whole[None, :], v, mask=mine)
+        score = tl.dot(q_left, tl.trans(k_low), input_precision="ieee")
+        score = tl.dot(q_right, tl.trans(k_high), score, input_precision="ieee") * scale
+        score = tl.where(position[None, :] <= own[:, None], score, -1e30)
+        higher = tl.maximum(peak, tl.max(score, 1))
+        part = tl.exp(score - higher[:, None])
+        fade = tl.exp(peak - higher)
+        weight = weight * fade + tl.sum(part, 1)
+        total = tl.dot(part.to(dtype), v, total * fade[:, None], input_precision="ieee")
+        peak = higher
+    at_out = (own * H + group * per + head)[:, None] * D + whole[None, :]
+    tl.store(out + at_out, (total / weight[:, None]).to(dtype), mask=present[:, None])

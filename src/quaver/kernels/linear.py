@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -19,7 +20,12 @@ from quaver.int4 import GROUP, Int4Linear, Lanes
 _GROUP = tl.constexpr(GROUP)
 _LANES = tl.constexpr(GROUP // 8)
 _BLOCK_N = 16
-_LEAST_ROWS, _MOST_ROWS = 16, 64
+_LEAST_ROWS = 16
+_PROGRAMS = 128
+"""About as many as a large GPU has processors."""
+MANY_ROWS = 256
+"""From so many rows on, a long prompt's, a weight is read and widened for 128 of them at a time."""
+_LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +126,50 @@ def linear(
             *operands, extra, y, n_out, eps, **flags, BLOCK_N=block_n, BLOCK_K=width, num_warps=n_warps, **launch
         )
     else:
-        block_m = min(_MOST_ROWS, max(_LEAST_ROWS, triton.next_power_of_2(n_rows)))
-        grid = (triton.cdiv(n_out, _BLOCK_N), triton.cdiv(n_rows, block_m))
+        tiles = _Tiles.of(x, n_out, int4=lanes is not None, gated=gated)
+        grid = (triton.cdiv(n_out, tiles.n), triton.cdiv(n_rows, tiles.m))
         _some_rows[grid](
             *operands, extra, y, n_rows, n_out, eps, **flags,
-            BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=256, num_warps=4, num_stages=3, **launch,
+            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, num_warps=tiles.n_warps, num_stages=3, **launch,
         )  # fmt: skip
+
+
+def norm(x: Tensor, gain: Tensor, eps: float, y: Tensor, *, overlap: bool = False) -> None:
+    """Writes the RMS norm of the rows ``x`` [M, K] into ``y`` [M, K], a program a row.
+
+    For many rows: each program of a product would read all of them twice to norm them itself.
+    """
+    n_rows, n_in = x.shape
+    assert x.is_contiguous() and y.is_contiguous() and x.shape == y.shape
+    launch = {"launch_pdl": True} if overlap else {}
+    _norm[(n_rows,)](x, gain, y, eps, K=n_in, BLOCK_K=triton.next_power_of_2(n_in), OVERLAP=overlap, **launch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """What a program on the tensor cores takes at a time: ``m`` rows, ``n`` outputs, ``k`` inputs."""
+
+    m: int
+    n: int
+    k: int
+    n_warps: int
+
+    @classmethod
+    def of(cls, x: Tensor, n_out: int, *, int4: bool, gated: bool) -> _Tiles:
+        """Few rows: so many programs that all processors read. Many rows: as few readings of the weight as can be."""
+        if len(x) >= MANY_ROWS and x.itemsize < 4 and _is_large(x.device):
+            return cls(128, 64 if gated else 128, GROUP if int4 else 64, 8)
+        # Three tiles of the rows and the weight are in shared memory at a time, of which small GPUs have 99 KB.
+        m = min(64 if x.itemsize < 4 else 32, max(_LEAST_ROWS, triton.next_power_of_2(len(x))))
+        # Each program reads all of its rows: where enough programs are left, each takes more outputs.
+        wide = m == 64 and n_out >= 2 * _BLOCK_N * _PROGRAMS
+        return cls(m, 2 * _BLOCK_N if wide else _BLOCK_N, 256 if m * x.itemsize <= 64 else GROUP, 4)
+
+
+@cache
+def _is_large(device: torch.device) -> bool:
+    """Whether the processors of a GPU have 160 KB of shared memory, for large tiles; without one all is well."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in _LARGE
 
 
 @triton.jit
@@ -170,6 +214,18 @@ def _normed(x, gain, rstd, NORM: tl.constexpr):
         wide = (wide * rstd).to(x.dtype).to(tl.float32)
         wide = (wide * gain.to(tl.float32)).to(x.dtype).to(tl.float32)
     return wide
+
+
+@triton.jit
+def _norm(x, gain, y, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
+    cols = tl.arange(0, BLOCK_K)
+    by = tl.load(gain + cols, mask=cols < K, other=0.0)
+    overlapping(OVERLAP)
+    at = tl.program_id(0) * K + cols
+    value = tl.load(x + at, mask=cols < K, other=0.0)
+    wide = value.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
+    tl.store(y + at, _normed(value, by, rstd, True).to(y.dtype.element_ty), mask=cols < K)
 
 
 @triton.jit
@@ -258,6 +314,21 @@ def _one_row(
 
 
 @triton.jit
+def _grouped(table, rows, n_rows, start, K: tl.constexpr, INT4: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Scales or zero points [rows, groups] of the inputs from ``start`` on, as they are stored; nothing without INT4.
+
+    They are too small to be copied ahead by the loop's own pipeline, so the loop asks for them a turn early.
+    """
+    if INT4:
+        group = start // _GROUP + tl.arange(0, BLOCK_K // _GROUP)
+        inside = (rows[:, None] < n_rows) & (group[None, :] < K // _GROUP)
+        found = tl.load(table + rows[:, None] * (K // _GROUP) + group[None, :], mask=inside, other=0)
+    else:
+        found = tl.zeros((1, 1), tl.int32)
+    return found
+
+
+@triton.jit
 def _tile(weight, scales, zeros, rows, n_rows, start, K: tl.constexpr, INT4: tl.constexpr, BLOCK_K: tl.constexpr):
     """The weight [rows, BLOCK_K] of the inputs from ``start`` on: float32 where it comes from 4 bits."""
     if INT4:
@@ -267,9 +338,8 @@ def _tile(weight, scales, zeros, rows, n_rows, start, K: tl.constexpr, INT4: tl.
         per_group = rows[:, None] * (K // _GROUP) + group[None, :]
         at = per_group[:, :, None] * _LANES + lane[None, None, :]
         words = tl.load(weight + at, mask=inside[:, :, None] & (lane[None, None, :] >= 0), other=0)
-        s = tl.load(scales + per_group, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(zeros + per_group, mask=inside, other=0).to(tl.float32)
-        tile = tl.reshape(_levels(words, z) * s[:, :, None], (rows.shape[0], BLOCK_K))
+        levels = _levels(words, zeros.to(tl.float32))
+        tile = tl.reshape(levels * scales.to(tl.float32)[:, :, None], (rows.shape[0], BLOCK_K))
     else:
         cols = start + tl.arange(0, BLOCK_K)
         inside = (rows[:, None] < n_rows) & (cols[None, :] < K)
@@ -299,17 +369,33 @@ def _some_rows(
         rstd = tl.rsqrt(squares / K + eps)
     out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    n_all = 2 * n_out if GATED else n_out
+    s, z = (
+        _grouped(scales, rows, n_all, 0, K, INT4, BLOCK_K),
+        _grouped(zeros, rows, n_all, 0, K, INT4, BLOCK_K),
+    )
+    up_s, up_z = s, z
+    if GATED:
+        up_s = _grouped(scales, rows + n_out, n_all, 0, K, INT4, BLOCK_K)
+        up_z = _grouped(zeros, rows + n_out, n_all, 0, K, INT4, BLOCK_K)
     for start in range(0, K, BLOCK_K):
+        next_s = _grouped(scales, rows, n_all, start + BLOCK_K, K, INT4, BLOCK_K)
+        next_z = _grouped(zeros, rows, n_all, start + BLOCK_K, K, INT4, BLOCK_K)
         cols = start + tl.arange(0, BLOCK_K)
         given = (lines[:, None] < n_lines) & (cols[None, :] < K)
         value = tl.load(x + lines[:, None] * K + cols[None, :], mask=given, other=0.0)
-        by = tl.load(gain + cols, mask=cols < K, other=0.0)[None, :] if NORM else value
-        value = _normed(value, by, rstd[:, None], NORM).to(x.dtype.element_ty)
-        tile = _tile(weight, scales, zeros, rows, n_out, start, K, INT4, BLOCK_K).to(x.dtype.element_ty)
+        if NORM:
+            by = tl.load(gain + cols, mask=cols < K, other=0.0)[None, :]
+            value = _normed(value, by, rstd[:, None], NORM).to(x.dtype.element_ty)
+        tile = _tile(weight, s, z, rows, n_all, start, K, INT4, BLOCK_K).to(x.dtype.element_ty)
         out = tl.dot(value, tl.trans(tile), out, input_precision="ieee")
+        s, z = next_s, next_z
         if GATED:
-            tile = _tile(weight, scales, zeros, rows + n_out, 2 * n_out, start, K, INT4, BLOCK_K)
+            next_s = _grouped(scales, rows + n_out, n_all, start + BLOCK_K, K, INT4, BLOCK_K)
+            next_z = _grouped(zeros, rows + n_out, n_all, start + BLOCK_K, K, INT4, BLOCK_K)
+            tile = _tile(weight, up_s, up_z, rows + n_out, n_all, start, K, INT4, BLOCK_K)
             up = tl.dot(value, tl.trans(tile.to(x.dtype.element_ty)), up, input_precision="ieee")
+            up_s, up_z = next_s, next_z
     if GATED:
         out = out * tl.sigmoid(out) * up
     inside = (lines[:, None] < n_lines) & (rows[None, :] < n_out)

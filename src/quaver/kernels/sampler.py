@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quaver.kernels.linear import overlapping
-from quaver.sampling import ENDED
+from quaver.sampling import ENDED, Sampling
 
+_BLOCK = 256
 _ENDED = tl.constexpr(ENDED)
 _LOWEST = tl.constexpr(-(2**31) + 1)
 
@@ -114,6 +115,68 @@ def sample_residual(
         BLOCK_V=triton.next_power_of_2(n_ids), BLOCK_D=triton.next_power_of_2(table.shape[1]),
         BLOCK_E=triton.next_power_of_2(x.shape[1]), OVERLAP=overlap, num_warps=8, **launch,
     )  # fmt: skip
+
+
+def seat(slots: Slots, slot: int, seed: int, n_prompt: int, n_text: int, first: Sampling, residual: Sampling) -> None:
+    """Begins an utterance in ``slot``, but for its text: one launch, and nothing that the host would wait for."""
+    capacity, n_slots, n_codebooks = slots.codes.shape
+    n_ids = slots.seen.shape[1]
+    _seat[(triton.cdiv(max(capacity, n_ids), _BLOCK),)](
+        slots.seed, slots.frame, slots.past, slots.prompt, slots.n_text, slots.alive, slots.seen, slots.codes,
+        slots.stops, slots.first, slots.residual, slot, seed, n_prompt, n_text, *_four(first), *_four(residual),
+        n_slots, capacity, V=n_ids, Q=n_codebooks, BLOCK_Q=triton.next_power_of_2(n_codebooks), BLOCK=_BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def tune(slots: Slots, slot: int, first: Sampling, residual: Sampling) -> None:
+    """Sets the knobs of ``slot``."""
+    _tune[(1,)](slots.first, slots.residual, slot, *_four(first), *_four(residual))
+
+
+def _four(knobs: Sampling) -> tuple[float, float, float, float]:
+    return float(knobs.temperature), float(knobs.top_k), float(knobs.top_p), float(knobs.penalty)
+
+
+@triton.jit
+def _put(knobs, slot, temperature, top_k, top_p, penalty):
+    tl.store(knobs + slot * 4, temperature)
+    tl.store(knobs + slot * 4 + 1, top_k)
+    tl.store(knobs + slot * 4 + 2, top_p)
+    tl.store(knobs + slot * 4 + 3, penalty)
+
+
+@triton.jit(do_not_specialize=["slot"])
+def _tune(
+    first, residual, slot, temperature, top_k, top_p, penalty, r_temperature, r_top_k, r_top_p, r_penalty
+):  # fmt: skip
+    _put(first, slot, temperature, top_k, top_p, penalty)
+    _put(residual, slot, r_temperature, r_top_k, r_top_p, r_penalty)
+
+
+# A seed of 32 bits and one of 64 are one compilation: its type is told.
+@triton.jit(do_not_specialize=["slot", "seed", "n_prompt", "n_text", "n_slots", "capacity"])
+def _seat(
+    seeds, frames, past, prompts, n_texts, lives, seen, codes, stops, first, residual, slot, seed: tl.int64, n_prompt,
+    n_text, temperature, top_k, top_p, penalty, r_temperature, r_top_k, r_top_p, r_penalty, n_slots, capacity,
+    V: tl.constexpr, Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(seen + slot * V + at, tl.zeros((BLOCK,), tl.uint8), mask=at < V)
+    tl.store(stops + at * n_slots + slot, tl.zeros((BLOCK,), tl.float32), mask=at < capacity)
+    book = tl.arange(0, BLOCK_Q)
+    inside = (at[:, None] < capacity) & (book[None, :] < Q)
+    tl.store(codes + (at * n_slots + slot)[:, None] * Q + book[None, :],
+             tl.full((BLOCK, BLOCK_Q), _ENDED, tl.int32), mask=inside)  # fmt: skip
+    if tl.program_id(0) == 0:
+        tl.store(seeds + slot, seed)
+        tl.store(frames + slot, 0)
+        tl.store(past + slot, n_prompt)
+        tl.store(prompts + slot, n_prompt)
+        tl.store(n_texts + slot, n_text)
+        tl.store(lives + slot, 1)
+        _put(first, slot, temperature, top_k, top_p, penalty)
+        _put(residual, slot, r_temperature, r_top_k, r_top_p, r_penalty)
 
 
 @triton.jit

@@ -24,6 +24,8 @@ from quaver.model.layers import RMSNorm, Rotary
 from quaver.model.sparing import Linear, apart, lent, parts
 from quaver.recorded import Recorded
 
+_MOST_RECORDED = 16
+"""Longer pushes, as a voice's own codes, keep a GPU busy by themselves, and what they hold would be large."""
 _LARGE = 1 << 16
 """Smaller weights stay in float32: together they take nothing."""
 
@@ -53,9 +55,7 @@ class Memory:
 
     def clear(self) -> None:
         """Back to frame 0; the allocations stay."""
-        self.position.zero_()
-        for kept in self._kept.values():
-            kept.zero_()
+        torch._foreach_zero_([self.position, *self._kept.values()])
 
     def extend(self, owner: nn.Module, x: Tensor, steps: int, dim: int = -1) -> Tensor:
         """``x`` with the ``steps`` steps before it along ``dim``, zeros before the first; remembers the last of all."""
@@ -440,7 +440,7 @@ class CodecDecoder(nn.Module):
             _put(self, name, lent(wide, device) if on_host else wide.to(device))
 
     def stream(self, batch: int = 1, *, recorded: bool = False) -> CodecStream:
-        """A new stream of ``batch`` utterances side by side; ``recorded``: pushes of a known length are one step."""
+        """A new stream of ``batch`` utterances side by side; ``recorded``: a short push of a known length is a step."""
         return CodecStream(self, batch, recorded)
 
     def _samples(self, latents: Tensor, memory: Memory | None) -> Tensor:
@@ -482,7 +482,8 @@ class CodecStream:
         assert batched.shape[0] == self._batch and batched.shape[2] == self._decoder.config.num_quantizers
         if not batched.shape[1]:
             return self._like.new_zeros((*codes.shape[:-2], 0))
-        (samples,) = (self._next if self._recorded is None else self._recorded)(batched)
+        recorded = None if batched.shape[1] > _MOST_RECORDED else self._recorded
+        (samples,) = (recorded or self._next)(batched)
         return samples if codes.dim() == 3 else samples[0]
 
     def _next(self, codes: Tensor) -> tuple[Tensor, ...]:

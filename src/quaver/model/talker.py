@@ -49,11 +49,11 @@ class Talker(nn.Module):
         self.code_predictor = Predictor(config.code_predictor_config, config.hidden_size)
 
     def embed_text(self, ids: Tensor) -> Tensor:
-        """Talker inputs [..., D] of the text ``ids`` [...]."""
-        table = self.model.text_embedding
+        """Talker inputs [..., D] of the text ``ids`` [...], which may be on the host."""
+        table, like = self.model.text_embedding, self.codec_head.weight
         # The table stays on the host, however it is stored: a prompt reads a few of its rows. In INT8 it has buffers.
         home = next(iter((*table.parameters(), *table.buffers()))).device
-        rows = table(ids.to(home)).to(ids.device, self.codec_head.weight.dtype)
+        rows = table(ids.to(home)).to(like.device, non_blocking=True).to(like.dtype)
         out: Tensor = self.text_projection(rows)
         return out
 

@@ -275,31 +275,30 @@ class TTS:
         self._check(utterance)
         config, voice = self.config.talker_config, utterance.voice
         ids = self.tokenizer.ids_speech(utterance.text)
-        role, text = self._text(ids[:3]), self._text(ids[3:-5])
-        bos, eos, pad = self._text(
-            [self.config.tts_bos_token_id, self.config.tts_eos_token_id, self.config.tts_pad_token_id]
-        ).chunk(3)
+        codes, said = (None, None) if voice is None else (voice.codes, voice.text)
+        marks = [self.config.tts_bos_token_id, self.config.tts_eos_token_id, self.config.tts_pad_token_id]
+        spoken = self.tokenizer.ids_reference(said)[3:-2] if codes is not None and said is not None else []
+        asked = self.tokenizer.ids_instruct(utterance.instruct) if utterance.instruct else []
+        # All text at once, and all tags: on a GPU each look-up is a wait for the bus.
+        before, role, text, *rest = self._text([asked, ids[:3], [*spoken, *ids[3:-5]], *([mark] for mark in marks)])
+        bos, eos, pad = rest
 
         language = self._language_id(utterance)
         if language is None:
             tags = [config.codec_nothink_id, config.codec_think_bos_id, config.codec_think_eos_id]
         else:
             tags = [config.codec_think_id, config.codec_think_bos_id, language, config.codec_think_eos_id]
-        parts = [self._codec(tags)]
-        if voice is not None and voice.preset is not None:
-            parts.append(self._codec([config.spk_id[voice.preset]]))
-        elif voice is not None and voice.speaker is not None:
-            parts.append(voice.speaker.to(self.device, self.dtype)[None])
-        head = torch.cat([*parts, self._codec([config.codec_pad_id])])
+        speaker = [config.spk_id[voice.preset]] if voice is not None and voice.preset is not None else []
+        opening, who, filler, start = self._codec([tags, speaker, [config.codec_pad_id], [config.codec_bos_id]])
+        if voice is not None and voice.preset is None and voice.speaker is not None:
+            who = voice.speaker.to(self.device, non_blocking=True).to(self.dtype)[None]
+        head = torch.cat((opening, who, filler))
         head = head + torch.cat((pad.expand(len(head) - 1, -1), bos))
-        start, filler = self._codec([config.codec_bos_id]), self._codec([config.codec_pad_id])
 
-        before = [] if not utterance.instruct else [self._text(self.tokenizer.ids_instruct(utterance.instruct))]
         speech = start
-        if voice is not None and voice.codes is not None and voice.text is not None:
-            text = torch.cat((self._text(self.tokenizer.ids_reference(voice.text)[3:-2]), text))
-            codes = voice.codes.to(self.device, torch.long)
-            speech = torch.cat((start, self.talker.embed_frames(codes)))
+        if codes is not None and said is not None:
+            frames = self.talker.embed_frames(codes.to(self.device, torch.long))
+            speech = torch.cat((start, frames))
         text = torch.cat((text, eos))
         if utterance.layout == "whole":
             body, tail = torch.cat((text + filler, speech + pad)), pad
@@ -307,7 +306,7 @@ class TTS:
             n_both = min(len(text), len(speech))
             body = torch.cat((text[:n_both], pad.expand(len(speech) - n_both, -1))) + speech
             tail = torch.cat((text[n_both:], pad))
-        return Prompt(torch.cat([*before, role, head, body]), tail)
+        return Prompt(torch.cat((before, role, head, body)), tail)
 
     def inputs(self, prompt: Prompt, codes: Tensor) -> Tensor:
         """Talker inputs [P + T, D] of ``prompt`` followed by the frames ``codes`` [T, Q]."""
@@ -340,17 +339,20 @@ class TTS:
         banned[config.codec_eos_token_id] = stop_too
         return banned
 
-    def _text(self, ids: Sequence[int]) -> Tensor:
-        wanted, table = torch.tensor(ids, dtype=torch.long, device=self.device), self.talker.model.text_embedding
+    def _text(self, spans: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """The talker's inputs of each of some ``spans`` of text ids."""
+        wanted, table = torch.tensor([i for ids in spans for i in ids]), self.talker.model.text_embedding
         if isinstance(table, Int8Embedding) and len(pruned := table.pruned(wanted)):
             raise RecipeError(
                 f"this model has lost its text embedding of {self.tokenizer.text_of(int(pruned[0]))!r}: it was pruned "
                 "to some languages (see its provenance.json); say it otherwise, or take a model that was not pruned"
             )
-        return self.talker.embed_text(wanted)
+        return torch.split(self.talker.embed_text(wanted), [len(ids) for ids in spans])
 
-    def _codec(self, ids: Sequence[int]) -> Tensor:
-        return self.talker.embed_codec(torch.tensor(ids, dtype=torch.long, device=self.device))
+    def _codec(self, spans: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """The talker's inputs of each of some ``spans`` of ids of codebook 0 and control ids."""
+        wanted = torch.tensor([i for ids in spans for i in ids]).to(self.device, non_blocking=True)
+        return torch.split(self.talker.embed_codec(wanted), [len(ids) for ids in spans])
 
     def _check(self, utterance: Utterance) -> None:
         """Raises RecipeError or VoiceError for what this model cannot do."""
