@@ -126,7 +126,12 @@ class Engine:
         fits = runtime.fit(checkpoint, runtime.Request.seconds(room_s), device, memory_bytes, dtype)
         meter.cap(device, memory_bytes)
         tts = TTS.load(checkpoint, device=device, dtype=dtype, placement=fits.placement)
-        return cls(tts, memory_bytes=memory_bytes)
+        engine = cls(tts, memory_bytes=memory_bytes)
+        if device.type == "cuda":
+            if engine._graphs:
+                engine._fused()
+            meter.repack(device, tts.tensors())
+        return engine
 
     @property
     def knobs(self) -> Knobs:
@@ -178,11 +183,13 @@ class Engine:
         graph = self._graph_for(prompts, knobs) if self._graphs else None
         whole = False
         try:
+            self._tidy()
             batch: Batch = (
                 Rows(self.tts, prompts, seeds, knobs, self._clock)
                 if graph is None
                 else Graphed(graph, prompts, seeds, knobs)
             )
+            self._tidy()
             for _ in range(knobs.max_frames):
                 whole = False
                 frame = batch.step()
@@ -195,15 +202,19 @@ class Engine:
             if graph is not None and whole:
                 self._idle.append(graph)
 
+    def _tidy(self) -> None:
+        """Gives back what PyTorch keeps for reuse, where memory is limited: a prompt and sound take other sizes."""
+        if self._memory_bytes is not None and self.tts.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _check_room(self, prompts: Sequence[Prompt], knobs: Knobs) -> None:
         """Raises BudgetError, with the figures, where what is asked for would take more memory than is allowed."""
         if self._memory_bytes is not None:
             n_prompt = max(len(prompt.embeds) for prompt in prompts)
             request = runtime.Request(knobs.max_frames, n_prompt, len(prompts))
             tts = self.tts
-            runtime.check(
-                runtime.weigh(tts.checkpoint, request, tts.device, tts.placement, tts.dtype), self._memory_bytes
-            )
+            told = runtime.weigh(tts.checkpoint, request, tts.device, tts.placement, tts.dtype, limited=True)
+            runtime.check(told, self._memory_bytes)
 
     def _graph_for(self, prompts: Sequence[Prompt], knobs: Knobs) -> FrameGraph:
         """An idle graph of one slot a prompt, with room for them; one is built where none fits.
@@ -211,7 +222,7 @@ class Engine:
         Sizes are rounded up to powers of two, so that few are built, and where memory is limited as little as can be,
         for there only one is kept; one that became too small is let go.
         """
-        from quaver.frame import FrameGraph, Weights
+        from quaver.frame import FrameGraph
 
         scarce = self._memory_bytes is not None
         n_positions = max(len(prompt.embeds) for prompt in prompts) + knobs.max_frames
@@ -220,13 +231,19 @@ class Engine:
             if graph.n_slots == len(prompts) and graph.capacity >= n_positions and graph.n_lines >= n_lines:
                 return self._idle.pop(index)
         self._idle = [] if scarce else [graph for graph in self._idle if graph.n_slots != len(prompts)]
+        sizes = (max(n_positions, self._n_positions), n_lines)
+        n_positions, n_lines = (_in_steps(n) if scarce else _power_of_two(n) for n in sizes)
+        return FrameGraph(self._fused(), len(prompts), n_positions, n_lines, whole=self._untried)
+
+    def _fused(self) -> Weights:
+        """The weights as the kernels read them: fused when they are first asked for."""
+        from quaver.frame import Weights
+
         if self._weights is None:
             self._weights = Weights(self.tts, recorded=self._untried)
             # What fusing let go of has other sizes than what speaking asks for.
             torch.cuda.empty_cache()
-        sizes = (max(n_positions, self._n_positions), n_lines)
-        n_positions, n_lines = (_in_steps(n) if scarce else _power_of_two(n) for n in sizes)
-        return FrameGraph(self._weights, len(prompts), n_positions, n_lines, whole=self._untried)
+        return self._weights
 
     def codes(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> list[Tensor]:
         """Whole utterances: for each prompt its frames [T, Q]."""
