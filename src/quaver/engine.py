@@ -139,6 +139,11 @@ class Engine:
         defaults = self.tts.defaults
         return Knobs(defaults.sampling, defaults.residual, defaults.max_frames)
 
+    @property
+    def _records(self) -> bool:
+        """Whether prompts and sound are recorded: not where memory is limited, for a recording keeps what it works in."""
+        return self._untried and self._memory_bytes is None
+
     def release(self) -> None:
         """Lets go of what is kept for the next request: caches, graphs, recordings. Weights stay."""
         self._idle.clear()
@@ -240,7 +245,7 @@ class Engine:
         from quaver.frame import Weights
 
         if self._weights is None:
-            self._weights = Weights(self.tts, recorded=self._untried)
+            self._weights = Weights(self.tts, recorded=self._records)
             # What fusing let go of has other sizes than what speaking asks for.
             torch.cuda.empty_cache()
         return self._weights
@@ -309,7 +314,7 @@ class Engine:
 
     def _stream(self) -> CodecStream:
         """A stream at frame 0: an idle one, for what was recorded is its own, or a new one."""
-        stream = self._sounds.pop() if self._sounds else self.tts.decoder.stream(recorded=self._untried)
+        stream = self._sounds.pop() if self._sounds else self.tts.decoder.stream(recorded=self._records)
         stream.reset()
         return stream
 
@@ -342,7 +347,7 @@ class Engine:
             if n_sent == 0:
                 samples[:n_fade] *= ramp
             held = np.concatenate((held, samples))
-        if self._untried:
+        if self._records:
             self._sounds.append(stream)
         held[-n_fade:] *= ramp[::-1]
         yield Chunk(Audio(held, rate_hz), len(waiting), take.reason)

@@ -254,7 +254,11 @@ class FrameGraph:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Kernels are compiled and loaded when they are first run, which must not happen while a graph is captured.
-        self._rehearse()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._rehearse()
+        torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -127,7 +127,7 @@ def repack(device: torch.device, tensors: Iterable[Tensor]) -> None:
             storages[storage.data_ptr()] = storage
 
     def content(storage: torch.UntypedStorage) -> Tensor:
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload, no-any-return]
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
     with torch.no_grad():
         aside = []

@@ -79,6 +79,8 @@ def test_a_lent_table_is_read_like_any_other_and_takes_nothing(dtype):
     seen = lent(table, torch.device("cuda"))
     assert torch.cuda.memory_allocated() == before
     assert seen.is_cuda
+    # By this it is known as another's, which cannot be laid out anew (meter.repack).
+    assert not seen.untyped_storage().resizable()
     assert seen.dtype == dtype
     wanted = table.to("cuda")
     assert torch.equal(F.embedding(ids, seen) if dtype.is_floating_point else seen[ids], wanted[ids])
