@@ -8,7 +8,8 @@ and what the process took of the GPU beyond an empty context, asked of the drive
 should be at work there. A line tells each step of the way when it was first taken; "outside" is what of the process is
 not PyTorch's: code of kernels and libraries, what libraries keep, captured graphs. At the end stand the segments that
 PyTorch holds and the gaps in them, and what `quaver info --runtime` says beforehand. Without a GPU all of it runs on
-the CPU, where nothing is counted. --memory 0 lets the GPU hold everything.
+the CPU, where nothing is counted. --memory 0 lets the GPU hold everything. --no-cudnn makes sound without cuDNN, which
+tells what that library takes; PYTORCH_CUDA_ALLOC_CONF and CUBLAS_WORKSPACE_CONFIG have their say as anywhere.
 """
 
 from __future__ import annotations
@@ -222,11 +223,13 @@ def main() -> None:
     parser.add_argument("--memory", default="1.2GB", help="what the engine is allowed; 0: everything on the GPU")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--layers", type=int, help="talker layers, if not all: for trying it out")
+    parser.add_argument("--no-cudnn", action="store_true", help="convolutions by PyTorch's own kernels")
     parser.add_argument("--model", type=Path, help="keep the weights here, and take them from here")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
+        torch.backends.cudnn.enabled = not asked.no_cudnn
         found = measure(asked.model, size(asked.memory) or None, asked.seconds)
         if asked.out:
             asked.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -237,6 +240,7 @@ def main() -> None:
         print(f"weights after {time.perf_counter() - start:.1f} s", flush=True)
         line = [sys.executable, __file__, "--measure", "--model", str(model), "--memory", asked.memory]
         line += ["--seconds", str(asked.seconds), *(["--out", str(asked.out)] if asked.out else [])]
+        line += ["--no-cudnn"] if asked.no_cudnn else []
         sys.exit(subprocess.run(line, check=False).returncode)
 
 

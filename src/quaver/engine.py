@@ -141,7 +141,7 @@ class Engine:
 
     @property
     def _records(self) -> bool:
-        """Whether prompts and sound are recorded: not where memory is limited, for a recording keeps what it works in."""
+        """Whether prompts and sound are recorded. A recording keeps what it works in: none where memory is limited."""
         return self._untried and self._memory_bytes is None
 
     def release(self) -> None:
