@@ -1,13 +1,15 @@
 """What a frame costs: milliseconds, times real time, first audio and memory, beside what the bytes alone would take.
 
     python bench/speed.py CONFIG.json CODEC_CONFIG.json [--batches 1 4 16 64] [--frames 100] [--out speed.json]
-                          [--official PYTHON] [--faster PYTHON]
+                          [--only WORD ...] [--official PYTHON] [--faster PYTHON]
 
 Random weights of the configured shapes (INT4: random integers), so nothing here says how it sounds. Rows: plain
-PyTorch, one kernel, and graphs with and without ``overlap``, each with a BF16 and an INT4 talker. Every row stands
-alone: one that fails is reported with its error, and the others are still measured. Where there is no CUDA device only
-plain PyTorch is timed. ``--official`` and ``--faster`` are commands that start a Python with qwen-tts or with
-faster-qwen3-tts: the same shape spoken by them, in BF16, on the same machine in the same run.
+PyTorch, one kernel, and graphs with and without ``overlap``, each with a BF16 and an INT4 talker, and with talker and
+predictor in INT4. Beside the figures a plot of them is written, as SVG. ``--only`` takes the sections whose names have
+one of the words in them. The 0.6B is measured by its own CONFIG. Every row stands alone: one that fails is reported
+with its error, and the others are still measured. Where there is no CUDA device only plain PyTorch is timed.
+``--official`` and ``--faster`` are commands that start a Python with qwen-tts or with faster-qwen3-tts: the same shape
+spoken by them, in BF16, on the same machine in the same run.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,15 +32,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gemlite_times import gemlite_times
 from quaver.config import FRAME_RATE_HZ, ModelConfig, parse
 from quaver.engine import Engine, Knobs
 from quaver.errors import QuaverError
 from quaver.int4 import GROUP, Int4Linear
-from quaver.model.layers import GROUPS
+from quaver.model.layers import GROUPS, Decoder
 from quaver.model.tts import TTS, Model, Prompt, Utterance
 from quaver.sampling import Sampling
 from quaver.voice import Voice
 from random_model import random_checkpoint
+from speed_figures import plot, projection, timed
 
 if TYPE_CHECKING:
     from quaver.frame import Weights
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
 SAMPLED = Knobs(Sampling(), Sampling(penalty=1.0), 2048)
 GREEDY = Knobs(Sampling(0.0, penalty=1.0), Sampling(0.0, penalty=1.0), 2048)
 N_PROMPT = 32
+SMALLEST = "int4/int4"
+"""The model of which the predictor is in 4 bits too."""
 Row = dict[str, Any]
 
 
@@ -83,9 +89,9 @@ def shell_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def quantize_at_random(tts: TTS) -> None:
-    """Puts random 4-bit weights of the usual size in the place of the talker's linears."""
-    for layer in tts.talker.model.layers:
+def quantize_at_random(tts: TTS, decoder: Decoder) -> None:
+    """Puts random 4-bit weights of the usual size in the place of the linears of ``decoder``, a part of ``tts``."""
+    for layer in decoder.layers:
         for path in (path for group in GROUPS for path in group.linears):
             parent, _, leaf = path.rpartition(".")
             linear = layer.get_submodule(path)
@@ -155,6 +161,9 @@ def replayed(weights: Weights, batch: int, n_frames: int, way: str) -> Row:
     frame = FrameGraph(weights, batch, 512, 64, overlap=way == "graph overlap", whole=way == "whole")
     if way == "whole" and not frame.whole:
         return {"not here": "the one kernel does not fit this GPU or this batch"}
+    # A graph is captured when its first step is taken; idle slots say nothing.
+    frame.step()
+    torch.cuda.synchronize()
     found["build_s"] = time.perf_counter() - start_s
     n_frames = min(n_frames, 400)
     for name, knobs in (("greedy", GREEDY), ("sampled", SAMPLED)):
@@ -468,12 +477,18 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
     yield f"{kind} time line", lambda: time_line(weights())
     for way in ("graph", "graph overlap"):
         yield f"{kind} {way} b{batches[0]}", partial(graph_times, batches[0], way)
+    if kind == SMALLEST:
+        yield f"{kind} roofline", lambda: {"frame_mb": weights().frame_bytes / 1e6}
+        yield "int4/int8", lambda: {"not here": "kernels know BF16 and INT4; a model in INT8 speaks by plain PyTorch"}
+        return
     for batch in batches[1:]:
         yield f"{kind} graph b{batch}", partial(graph_times, batch, "graph")
     yield f"{kind} prefill", lambda: prefill_times(weights())
     yield f"{kind} growth", lambda: growth(weights(), whole=True)
     yield f"{kind} roofline", lambda: {"frame_mb": weights().frame_bytes / 1e6}
     yield f"{kind} products", lambda: product_times(weights())
+    if kind == "int4":
+        yield f"{kind} gemlite", lambda: gemlite_times(weights(), graph_ms)
     yield f"{kind} kernels b1", lambda: kernel_times(weights(), 1)
     yield f"{kind} agreement", lambda: same_codes(tts, 24)
     engine = Engine(tts)
@@ -502,14 +517,18 @@ def other(command: str, which: str, settings: Mapping[str, Any], codec: Mapping[
 
 
 def measure(
-    config: Path, codec_config: Path, batches: list[int], n_frames: int, out: Path, others: Mapping[str, str]
-) -> Row:
+    config: Path, codec_config: Path, batches: list[int], n_frames: int, out: Path, others: Mapping[str, str],
+    only: Sequence[str] = (),
+) -> Row:  # fmt: skip
     """Everything, written to ``out`` after each section: what was measured is kept if the machine goes."""
     settings, codec = json.loads(config.read_text()), json.loads(codec_config.read_text())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: Row = {"machine": machine(), "config": config.name, "n_frames": n_frames}
 
     def note(name: str, run: Callable[[], Any]) -> None:
+        # Without the bytes nothing else can be judged.
+        if only and not any(word in name for word in (*only, "copy", "roofline") if word):
+            return
         start = time.perf_counter()
         try:
             found[name] = run()
@@ -526,10 +545,12 @@ def measure(
         made = random_checkpoint(Path(folder) / "shell", shell_settings(settings), codec)
         # As on a GPU; on a CPU a small model would become float32.
         shell = TTS.load(made, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
-    for kind in ("bf16", "int4"):
+    for kind in ("bf16", "int4", SMALLEST):
         tts = random_tts(shell, settings)
-        if kind == "int4":
-            quantize_at_random(tts)
+        if kind != "bf16":
+            quantize_at_random(tts, tts.talker.model)
+        if kind == SMALLEST:
+            quantize_at_random(tts, tts.talker.code_predictor.model)
         for name, run in sections(tts, kind, batches, n_frames):
             note(name, run)
         del tts
@@ -557,16 +578,10 @@ def shown(value: Any) -> str:
 
 def table(found: Row) -> str:
     """Milliseconds a frame beside what the bytes alone take at the speed of a copy."""
-    copy = found.get("copy_tb_s")
     lines = [f"{'row':32} {'ms/frame':>9} {'x real time':>12} {'bytes alone, ms':>16}"]
-    for name, value in found.items():
-        ms = value.get("sampled_ms", value.get("ms_per_frame")) if isinstance(value, dict) else None
-        if ms is None:
-            continue
-        batch = int(name.rpartition(" b")[2])
-        mb = found.get(f"{name.split()[0]} roofline", {}).get("frame_mb")
-        floor = f"{mb / copy / 1e3:16.3f}" if mb and isinstance(copy, float) else ""
-        lines.append(f"{name:32} {ms:9.3f} {batch * 80 / ms:12.1f} {floor}")
+    for row in timed(found):
+        floor = "" if row.bytes_ms is None else f"{row.bytes_ms:16.3f}"
+        lines.append(f"{row.name:32} {row.ms:9.3f} {row.batch * 80 / row.ms:12.1f} {floor}")
     return "\n".join(lines)
 
 
@@ -578,11 +593,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--frames", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("speed.json"))
+    parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="sections named so, such as whole")
     for which in ("official", "faster"):
         parser.add_argument(f"--{which}", metavar="PYTHON", help="a command: python, or env NAME=VALUE python")
     asked = parser.parse_args()
     others = {which: getattr(asked, which) for which in ("official", "faster") if getattr(asked, which)}
-    print(table(measure(asked.config, asked.codec_config, asked.batches, asked.frames, asked.out, others)))
+    found = measure(asked.config, asked.codec_config, asked.batches, asked.frames, asked.out, others, asked.only)
+    asked.out.with_suffix(".svg").write_text(plot(found), encoding="utf-8")
+    print("\n".join([table(found), *projection(found)]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,7 +89,7 @@ def test_the_published_1_7b_speaks_30_s_in_1_2_gb():
 
 
 def test_what_does_not_fit_is_refused_with_the_figures():
-    with pytest.raises(BudgetError, match=r"takes 1,1\d\d\.\d MB .* 900\.0 MB are allowed: the cache takes 5\d"):
+    with pytest.raises(BudgetError, match=r"takes 1,0\d\d\.\d MB .* 900\.0 MB are allowed: the cache takes 5\d"):
         runtime.fit(published("int4"), Request.seconds(30), "cuda", 900_000_000)
     with pytest.raises(BudgetError, match="2 utterances"):
         runtime.fit(published("int4"), Request(375, 64, 2), "cuda", 900_000_000)
@@ -116,6 +117,22 @@ def test_sound_of_weights_kept_in_half(dtype, least_db, monkeypatch):
     stream = half.decoder.stream()
     streamed = torch.cat([stream.push(part) for part in codes.split(7)])
     assert torch.allclose(streamed, found, atol=1e-4)
+
+
+def test_weights_that_are_laid_out_anew_are_what_they_were(steady, tmp_path):
+    tts = TTS.load(toy.rounded(steady.path, tmp_path / "int4"))
+    held = list(tts.tensors())
+    before = [one.clone() for one in held]
+    meter.repack(tts.device, held)
+    assert all(torch.equal(one, was) for one, was in zip(tts.tensors(), before, strict=True))
+    # Views stay views, and what others own, as the host does what it lends, stays where it is.
+    whole, lent = torch.arange(6.0), torch.from_numpy(np.ones(3))
+    parts, address = whole.split(3), lent.data_ptr()
+    meter.repack(whole.device, [*parts, lent, torch.empty(0)])
+    parts[0].zero_()
+    assert whole.tolist() == [0, 0, 0, 3, 4, 5]
+    assert lent.data_ptr() == address
+    assert lent.tolist() == [1, 1, 1]
 
 
 def test_a_weight_beyond_half_precision_is_refused(steady):
@@ -226,7 +243,8 @@ def test_the_verb_tells_line_by_line(toy_folder, capsys, tmp_path):
     assert "cache of 448 positions" in text
     assert cli.run([*told, "--json", "--memory", "1GB", "--seconds", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["peak_bytes"] == runtime.weigh(Checkpoint.open(toy_folder), Request.seconds(2), "cuda").peak_bytes
+    told_so = runtime.weigh(Checkpoint.open(toy_folder), Request.seconds(2), "cuda", limited=True)
+    assert found["peak_bytes"] == told_so.peak_bytes
     config = PUBLISHED / "config-1.7b-base.json"
     alone = ["info", str(config), "--runtime", "--codec", str(PUBLISHED / "speech_tokenizer-config.json")]
     assert cli.run([*alone, "--profile", "int4", "--device", "cuda", "--memory", "1.2GB"]) == 0

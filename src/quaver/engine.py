@@ -84,9 +84,10 @@ class Engine:
     """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
 
     ``graphs`` False keeps to plain PyTorch there too, as do layers that only visit the device: a graph's must stay.
-    ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes a frame as one kernel. ``memory_bytes`` is
-    what all of it may take of the device: what would take more is refused, with the figures, before anything is said.
-    Where it is not limited, prompts and sound are recorded, which holds the memory that they work in.
+    ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes ways that are faster and that too few GPUs
+    have run yet: a frame as one kernel, prompts by kernels, and, where memory is not limited, recorded prompts and sound,
+    which hold the memory that they work in. ``memory_bytes`` is what all of it may take of the device: what would take
+    more is refused, with the figures, before anything is said.
     """
 
     def __init__(
@@ -106,7 +107,6 @@ class Engine:
         known = not in_int8 and not isinstance(tts.talker.model.layers, Visiting)
         self._graphs = graphs and known and tts.device.type == "cuda" and find_spec("triton") is not None
         self._memory_bytes = memory_bytes
-        self._records = graphs and tts.device.type == "cuda" and memory_bytes is None
         self._weights: Weights | None = None
         self._idle: list[FrameGraph] = []
         self._n_positions = 0
@@ -128,13 +128,23 @@ class Engine:
         fits = runtime.fit(checkpoint, runtime.Request.seconds(room_s), device, memory_bytes, dtype)
         meter.cap(device, memory_bytes)
         tts = TTS.load(checkpoint, device=device, dtype=dtype, placement=fits.placement)
-        return cls(tts, memory_bytes=memory_bytes)
+        engine = cls(tts, memory_bytes=memory_bytes)
+        if device.type == "cuda":
+            if engine._graphs:
+                engine._fused()
+            meter.repack(device, tts.tensors())
+        return engine
 
     @property
     def knobs(self) -> Knobs:
         """The checkpoint's own knobs."""
         defaults = self.tts.defaults
         return Knobs(defaults.sampling, defaults.residual, defaults.max_frames)
+
+    @property
+    def _records(self) -> bool:
+        """Whether prompts and sound are recorded. A recording keeps what it works in: none where memory is limited."""
+        return self._untried and self._memory_bytes is None
 
     def release(self) -> None:
         """Lets go of what is kept for the next request: caches, graphs, recordings. Weights stay."""
@@ -180,11 +190,13 @@ class Engine:
         graph = self._graph_for(prompts, knobs) if self._graphs else None
         whole = False
         try:
+            self._tidy()
             batch: Batch = (
                 Rows(self.tts, prompts, seeds, knobs, self._clock)
                 if graph is None
                 else Graphed(graph, prompts, seeds, knobs)
             )
+            self._tidy()
             for _ in range(knobs.max_frames):
                 whole = False
                 frame = batch.step()
@@ -197,15 +209,19 @@ class Engine:
             if graph is not None and whole:
                 self._idle.append(graph)
 
+    def _tidy(self) -> None:
+        """Gives back what PyTorch keeps for reuse, where memory is limited: a prompt and sound take other sizes."""
+        if self._memory_bytes is not None and self.tts.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _check_room(self, prompts: Sequence[Prompt], knobs: Knobs) -> None:
         """Raises BudgetError, with the figures, where what is asked for would take more memory than is allowed."""
         if self._memory_bytes is not None:
             n_prompt = max(len(prompt.embeds) for prompt in prompts)
             request = runtime.Request(knobs.max_frames, n_prompt, len(prompts))
             tts = self.tts
-            runtime.check(
-                runtime.weigh(tts.checkpoint, request, tts.device, tts.placement, tts.dtype), self._memory_bytes
-            )
+            told = runtime.weigh(tts.checkpoint, request, tts.device, tts.placement, tts.dtype, limited=True)
+            runtime.check(told, self._memory_bytes)
 
     def _graph_for(self, prompts: Sequence[Prompt], knobs: Knobs) -> FrameGraph:
         """An idle graph of one slot a prompt, with room for them; one is built where none fits.
@@ -213,7 +229,7 @@ class Engine:
         Sizes are rounded up to powers of two, so that few are built, and where memory is limited as little as can be,
         for there only one is kept; one that became too small is let go.
         """
-        from quaver.frame import FrameGraph, Weights
+        from quaver.frame import FrameGraph
 
         scarce = self._memory_bytes is not None
         n_positions = max(len(prompt.embeds) for prompt in prompts) + knobs.max_frames
@@ -222,13 +238,19 @@ class Engine:
             if graph.n_slots == len(prompts) and graph.capacity >= n_positions and graph.n_lines >= n_lines:
                 return self._idle.pop(index)
         self._idle = [] if scarce else [graph for graph in self._idle if graph.n_slots != len(prompts)]
+        sizes = (max(n_positions, self._n_positions), n_lines)
+        n_positions, n_lines = (_in_steps(n) if scarce else _power_of_two(n) for n in sizes)
+        return FrameGraph(self._fused(), len(prompts), n_positions, n_lines, whole=self._untried)
+
+    def _fused(self) -> Weights:
+        """The weights as the kernels read them: fused when they are first asked for."""
+        from quaver.frame import Weights
+
         if self._weights is None:
             self._weights = Weights(self.tts, recorded=self._records)
             # What fusing let go of has other sizes than what speaking asks for.
             torch.cuda.empty_cache()
-        sizes = (max(n_positions, self._n_positions), n_lines)
-        n_positions, n_lines = (_in_steps(n) if scarce else _power_of_two(n) for n in sizes)
-        return FrameGraph(self._weights, len(prompts), n_positions, n_lines, whole=self._untried)
+        return self._weights
 
     def codes(self, prompts: Sequence[Prompt], seeds: Sequence[int], knobs: Knobs | None = None) -> list[Tensor]:
         """Whole utterances: for each prompt its frames [T, Q]."""

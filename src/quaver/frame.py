@@ -85,20 +85,20 @@ class Weights:
                 if isinstance(table, nn.Embedding)
             ]
             # The last codebook's embedding goes to the talker alone.
-            self.projected = [project(table).contiguous() for table in self.tables[:-1]]
-            if tts.placement.tables_on_host and self.projection is not None:
-                self.projected = [lent(table, table.device) for table in self.projected]
+            lends = tts.placement.tables_on_host and self.projection is not None
+            made = (project(table) for table in self.tables[:-1])
+            self.projected = [lent(one, one.device) if lends else one.contiguous() for one in made]
 
     def prefill(self, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the talker makes of the prompt ``embeds`` [T, D]: last hidden state [D], keys and values [L, G, T, d].
 
-        With ``recorded``, prompts are filled up to one of a few lengths: nothing sees what stands behind it. Without a
-        GPU the modules are as good as the kernels in Triton's interpreter.
+        With ``recorded`` by kernels: prompts are filled up to one of a few lengths, and nothing sees what stands behind
+        them. Otherwise, and without a GPU, by the modules.
         """
         n = len(embeds)
-        if not embeds.is_cuda:
+        if self._recorded is None:
             hidden, keys, values = self._from_modules(embeds)
-        elif self._recorded is None or n > _MOST_RECORDED:
+        elif n > _MOST_RECORDED:
             hidden, keys, values = self.heard(embeds)
         else:
             hidden, keys, values = self._recorded(F.pad(embeds, (0, 0, 0, _filled(n) - n)))
@@ -183,7 +183,7 @@ class Stack:
 
 
 class FrameGraph:
-    """B slots that speak a frame a step; on a GPU the step is one captured graph.
+    """B slots that speak a frame a step; on a GPU the step is one graph, captured when it is first taken.
 
     ``capacity``: positions of a slot's cache, prompt and frames together; ``n_lines``: rows of text it can hold.
     ``overlap`` lets each kernel ask for its weights while the one before it ends; by default where it can be
@@ -220,7 +220,8 @@ class FrameGraph:
         self._logits = table.new_zeros(n_slots, small.vocab_size)
         ramp = torch.arange(n_codebooks, dtype=torch.int32, device=table.device)
         self._past = ramp[:, None].repeat(1, n_slots)
-        self._graph = self._capture() if table.is_cuda else None
+        # Captured when a step first needs it: where one kernel takes every step, never.
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._kernel = self.kernel() if whole else None
         # The slots whose knobs ask for more than the kernel can.
         self._demanding: set[int] = set()
@@ -259,7 +260,9 @@ class FrameGraph:
         """Speaks the next frame of every slot: row ``frame`` of ``codes`` and ``stops``. Returns before the GPU has."""
         if self._kernel is not None and not self._demanding:
             self._kernel()
-        elif self._graph is not None:
+        elif self.hidden.is_cuda:
+            if self._graph is None:
+                self._graph = self._capture()
             self._graph.replay()
         else:
             self._enqueue()
@@ -279,18 +282,27 @@ class FrameGraph:
         return Persistent.of(self.weights, self.slots, *self.stacks, self.hidden, traced=traced)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        # Kernels are compiled and libraries woken by a first run; idle slots say nothing.
-        with torch.inference_mode():
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._enqueue()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._enqueue()
+        # Kernels are compiled and loaded when they are first run, which must not happen while a graph is captured.
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._rehearse()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._enqueue()
         return graph
+
+    def _rehearse(self) -> None:
+        """Takes the next step and undoes it: slots may be speaking."""
+        slots = self.slots
+        # What a frame reads and changes. All else that it writes, the same frame writes again when it is taken.
+        state = (self.hidden, slots.frame, slots.past, slots.alive, slots.seen)
+        kept = [tensor.clone() for tensor in state]
+        self._enqueue()
+        for tensor, before in zip(state, kept, strict=True):
+            tensor.copy_(before)
 
     def _enqueue(self) -> None:
         """One frame, kernel by kernel: codes from the hidden states, then the hidden states of the next frame."""

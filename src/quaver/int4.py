@@ -190,11 +190,14 @@ class Int4Linear(nn.Module):
         self._kernel: _Operator | _Tiles | Lanes | None = None
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that hold its weight now: as stored, or in the layout that it is prepared in."""
+        return self._stored() or (() if self._kernel is None else self._kernel.held)
+
+    @property
     def weight_bytes(self) -> int:
         """The memory its weight takes now, in bytes."""
-        stored = (self.qweight, self.qzeros, self.scales)
-        held = self._kernel.held if self._kernel else stored
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.held)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Repacks for activations of ``dtype`` on a CPU, and for kernels on a GPU; the stored tensors are let go."""

@@ -1,15 +1,20 @@
-"""What a long piece of work takes: seconds by stage, and the most memory on the host and on the device."""
+"""What work takes, in seconds by stage and in memory of the host and of the device; and how it is held to less."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 4 << 20
+"""What cuBLAS and cuBLASLt get to work in where memory is limited: what they get by themselves on small GPUs."""
 
 _STATUS = Path("/proc/self/status")
 
@@ -95,12 +100,45 @@ def limited(device: torch.device, n_bytes: int) -> Iterator[None]:
 def cap(device: torch.device, n_bytes: int) -> None:
     """From here on PyTorch holds ``n_bytes`` of a GPU's memory at most, and a sixteenth more for its own rounding.
 
-    It is so for the whole process. On a CPU nothing changes.
+    Matrix products get WORKSPACE_BYTES to work in (by default 32 MB on compute capability 9.0), unless there were some
+    before or the environment says how much. It is so for the whole process. On a CPU nothing changes.
     """
     if device.type == "cuda":
+        # Read once, when the library is woken, by it and by PyTorch, which each set so much aside.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", f":{WORKSPACE_BYTES >> 10}:1")
+        os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", str(WORKSPACE_BYTES >> 10))
         index = torch.cuda.current_device() if device.index is None else device.index
         total = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, n_bytes * 17 / 16 / total), index)
+
+
+def repack(device: torch.device, tensors: Iterable[Tensor]) -> None:
+    """Lays out anew what of ``tensors`` is on ``device``, the largest first, so that it takes no more than it must.
+
+    PyTorch takes memory of a GPU in segments of 20 MB that it never moves: where tensors were made and let go again,
+    each is kept for the few that are left in it. Everything goes to the host for a moment, and its segments go back.
+    Whoever views one of the tensors goes on doing so, at another address: no graph may have been captured yet.
+    """
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        # What lies in memory of others cannot be moved: that of the host is lent so (model.sparing).
+        if tensor.device.type == device.type and storage.resizable() and storage.nbytes():
+            storages[storage.data_ptr()] = storage
+
+    def content(storage: torch.UntypedStorage) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+    with torch.no_grad():
+        aside = []
+        for storage in sorted(storages.values(), key=lambda one: -one.nbytes()):
+            aside.append((storage, content(storage).to("cpu", copy=True)))
+            storage.resize_(0)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for storage, kept in aside:
+            storage.resize_(len(kept))
+            content(storage).copy_(kept)
 
 
 def shortage(error: BaseException) -> str | None:

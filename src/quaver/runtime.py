@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quaver import ledger
+from quaver import ledger, meter
 from quaver.checkpoint import Checkpoint, Spec
 from quaver.config import FRAME_RATE_HZ, CodecDecoderConfig, DecoderConfig, ModelConfig
 from quaver.errors import BudgetError
@@ -34,8 +34,8 @@ POSITIONS = 64
 
 _CHUNK = 12
 _PROMPT = 64
-# What PyTorch gives cuBLAS and cuBLASLt on compute capability 9; a quarter of it on others.
-_LIBRARIES_BYTES = 2 * (32 << 20)
+# What PyTorch gives cuBLAS and cuBLASLt each on compute capability 9, if they do not share it; less on others.
+_WORKSPACE_BYTES = 32 << 20
 # Values of the widest activations that are alive at once in a residual unit of the codec, counted in its code.
 _N_ALIVE = 6
 
@@ -105,8 +105,13 @@ def weigh(
     device: str | torch.device = "cpu",
     placement: Placement = HELD,
     dtype: torch.dtype | None = None,
+    *,
+    limited: bool = False,
 ) -> Runtime:
-    """What ``checkpoint`` takes on ``device`` while it says what is asked for; ``dtype`` as for TTS.load."""
+    """What ``checkpoint`` takes on ``device`` while it says what is asked for; ``dtype`` as for TTS.load.
+
+    ``limited``: in a process that is held to some memory (``meter.cap``).
+    """
     device = torch.device(device)
     config, codec = checkpoint.config, checkpoint.codec_config.decoder_config
     specs, codec_specs = checkpoint.specs, checkpoint.codec_specs
@@ -133,7 +138,7 @@ def weigh(
         lent = placement.tables_on_host
         if projected:
             held.append(Line("projected embeddings", 0 if lent else projected, projected if lent else 0))
-        held.append(Line("room of the libraries", _LIBRARIES_BYTES))
+        held.append(Line("room of the libraries", 2 * (meter.WORKSPACE_BYTES if limited else _WORKSPACE_BYTES)))
     moments = (
         Line(f"a prompt of {request.n_prompt} positions", _prompt_bytes(config, request, device, computed)),
         Line(f"sound of {_CHUNK} frames", request.n_rows * _sound_bytes(codec)),
@@ -150,7 +155,8 @@ def fit(
     Raises BudgetError, with the figures, where there is none.
     """
     on_gpu = torch.device(device).type == "cuda"
-    tried = [weigh(checkpoint, request, device, one, dtype) for one in (PLACEMENTS if on_gpu else PLACEMENTS[:1])]
+    placements = PLACEMENTS if on_gpu else PLACEMENTS[:1]
+    tried = [weigh(checkpoint, request, device, one, dtype, limited=True) for one in placements]
     for one in tried:
         if one.peak_bytes <= n_bytes:
             return one

@@ -357,6 +357,26 @@ def test_prompts_are_filled_up_to_few_lengths():
     assert all(0 <= length - n < max(16, n / 2) for n, length in enumerate(lengths, 1))
 
 
+def test_a_step_that_is_rehearsed_changes_nothing_that_is_said(speaker, monkeypatch):
+    """A graph is captured when it is first needed, while slots may be speaking."""
+    if not ON_GPU:
+        monkeypatch.setattr(products, "_BLOCK_N", 128)
+    weights, prompt = Weights(speaker), prompts_of(speaker)[0]
+
+    def said(rehearsed):
+        frame = FrameGraph(weights, 1, 128, 64)
+        # With such a penalty a code that was only rehearsed would not be said.
+        frame.join(0, prompt, 0, Sampling(0.0, penalty=9.0), Sampling(0.0, penalty=1.0))
+        if rehearsed:
+            frame._rehearse()
+        frame.step()
+        assert int(frame.slots.frame[0]) == 1
+        return frame.slots.codes[0].clone(), frame.hidden.clone()
+
+    for found, wanted in zip(said(rehearsed=True), said(rehearsed=False), strict=True):
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device: overlapping launches and captured graphs exist on one only")
 def test_slots_join_leave_and_change_their_knobs_in_a_captured_graph(speaker):
     prompts = prompts_of(speaker)

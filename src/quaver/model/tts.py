@@ -5,7 +5,7 @@ Shapes: B batch, T frames, P prompt positions, S text positions, Q codebooks, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -220,6 +220,14 @@ class TTS:
             for linear in (project.linear_fc1, project.linear_fc2):
                 linear.weight = nn.Parameter(linear.weight.pin_memory(), requires_grad=False)
         return cls(checkpoint, model.eval(), sound.decoder.eval(), Tokenizer.load(checkpoint.path), placement)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that its modules hold, in 4 bits too, as they are now; of those that share memory, each."""
+        for module in (*self.model.modules(), *self.decoder.modules()):
+            yield from module.parameters(recurse=False)
+            yield from module.buffers(recurse=False)
+            if isinstance(module, Int4Linear):
+                yield from module.held
 
     @torch.inference_mode()
     def enroll(self, audio: Audio, *, text: str | None = None, name: str = "voice") -> Voice:
