@@ -85,8 +85,8 @@ class Engine:
 
     ``graphs`` False keeps to plain PyTorch there too, as do layers that only visit the device: a graph's must stay.
     ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes ways that are faster and that too few GPUs
-    have run yet: a frame as one kernel, prompts by kernels, and, where memory is not limited, recorded prompts and sound,
-    which hold the memory that they work in. ``memory_bytes`` is what all of it may take of the device: what would take
+    have run yet: a frame as one kernel and, where memory is not limited, prompts by kernels, recorded like the sound,
+    which holds the memory that they work in. ``memory_bytes`` is what all of it may take of the device: what would take
     more is refused, with the figures, before anything is said.
     """
 
