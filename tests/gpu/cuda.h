@@ -36,8 +36,8 @@ constexpr int THREADS = 544, SHARED = 232448, STACK = 1 << 16;
 
 struct Sync { u64 arrived = 0; };
 struct Warp {
-  Sync all, quads[8];
-  u32 values[2][32], in_quads[2][32];
+  Sync all;
+  u32 values[2][32];
   u32 fragments[2][32][6];
 };
 struct Block {
@@ -49,7 +49,7 @@ struct Thread {
   ucontext_t context;
   int block, index;
   bool done;
-  u64 met_all, met_quad, met_barrier[16];
+  u64 met_all, met_barrier[16];
 };
 
 static Block blocks[GRID];
@@ -78,22 +78,14 @@ inline void meet(Sync& sync, u64& met, int n) {
 inline Warp& warp_of() { return blocks[current->block].warps[current->index / 32]; }
 inline void barrier(int id, int n) { meet(blocks[current->block].barriers[id], current->met_barrier[id], n); }
 inline void __syncthreads() { barrier(0, THREADS); }
-inline int meet_warp(u32 mask) {
-  if (mask == ~0u) {
-    meet(warp_of().all, current->met_all, 32);
-    return current->met_all & 1;
-  }
-  meet(warp_of().quads[current->index % 32 / 4], current->met_quad, 4);
-  return current->met_quad & 1;
-}
-inline void __syncwarp() { meet_warp(~0u); }
+inline void meet_warp() { meet(warp_of().all, current->met_all, 32); }
+inline void __syncwarp() { meet_warp(); }
 // Everyone's value is there once all have met; the next exchange but one overwrites it.
 inline u32* exchange_values(u32 mask, u32 mine) {
-  const bool all = mask == ~0u;
-  const int turn = (all ? current->met_all : current->met_quad) + 1 & 1;
-  u32* values = (all ? warp_of().values : warp_of().in_quads)[turn];
+  if (mask != ~0u) trapped = __LINE__;
+  u32* values = warp_of().values[current->met_all + 1 & 1];
   values[current->index % 32] = mine;
-  meet_warp(mask);
+  meet_warp();
   return values;
 }
 template <class T> inline T shuffled(u32 mask, T x, int from) {
@@ -155,7 +147,7 @@ inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
   auto& all = warp_of().fragments[current->met_all + 1 & 1];
   const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
   memcpy(all[lane], mine, sizeof mine);
-  meet_warp(~0u);
+  meet_warp();
   for (int out = 0; out < 4; ++out) {
     const int row = out / 2, column = 2 * t + out % 2;
     for (int k = 0; k < 16; ++k) {
@@ -167,7 +159,6 @@ inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 
 // ---- memory ----
 
-inline void fence() {}
 inline uint2 load8(const void* p) {
   if ((u64)p % 8) trapped = __LINE__;
   uint2 r;

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MACHINE, FRAME = (Path(__file__).with_name(name) for name in ("ptx.cuh", "frame.cu"))
 MOST_SLOTS = 1
-"""More were timed, but their codes not compared on a GPU."""
+"""Two were right on a GPU in an earlier form, but not timed."""
 MOST_KEPT = 64
 """The most ids that may be drawn from: more need a sort that this kernel has not."""
 _HEAD_DIM = 128

@@ -8,7 +8,6 @@ typedef unsigned char u8;
 extern __shared__ __align__(128) u8 memory[];
 
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
-__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void barrier(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 __device__ __forceinline__ u64 nanoseconds() {
   u64 r;
