@@ -15,7 +15,7 @@
 //
 // Constants that persistent.py puts above: GRID blocks; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
 // heads, layers of the talker; E, J, PH, PG, PL of the predictor; V, W ids of the first and of the other codebooks;
-// Q codebooks; MOST_SPLITS shares of a cache; REPLICAS of what is sent; TALKER_INT4, PREDICTOR_INT4, PROJECTED.
+// Q codebooks; MOST_SPLITS shares of a cache; TALKER_INT4, PREDICTOR_INT4, PROJECTED.
 
 constexpr int HD = 128, GROUP = 128;
 constexpr int WARPS = 16, WORKERS = 32 * WARPS;
@@ -130,8 +130,8 @@ struct Arguments {
   const float* first; const float* residual;
   const u16* texts; int* codes; float* stops;
   u16* hidden;
-  u64* boxes;                     // [4, REPLICAS, BOX] what blocks hand each other, and
-  u64* parts; u64* part_weights;  // [REPLICAS, SLOTS, H, splits, d / 2] and [REPLICAS, SLOTS, H, splits, 2]
+  u64* boxes;                     // [4, BOX] what blocks hand each other, and
+  u64* parts; u64* part_weights;  // [SLOTS, H, splits, d / 2] and [SLOTS, H, splits, 2]
   u32* exchange;                  // how many exchanges there were before this frame
   u64* trace;
   float eps, small_eps;
@@ -295,18 +295,17 @@ __device__ __noinline__ Place feed(Place place, int which, int weight, u64 polic
 // ---- mail: what blocks hand each other ----
 //
 // Every four bytes travel with the number of their exchange, eight bytes written at once, and are read again and again
-// until that number is there. So nobody waits for more than what he needs, and no fence is needed between the two. All
-// blocks read all of it, so it is written several times, and each reads one of the REPLICAS. Boxes are taken in turn, four
-// of them: a block writes into the one of exchange n + 4 only when all that was sent in n + 3 is there, which took all of
-// n + 2, and so on; and of any two products in a row every block has a tile of one, so by then everyone has read exchange n.
+// until that number is there. So nobody waits for more than what he needs, and no fence is needed between the two. Boxes
+// are taken in turn, four of them: a block writes into the one of exchange n + 4 only when all that was sent in n + 3 is
+// there, which took all of n + 2, and so on; and of any two products in a row every block has a tile of one, so by then
+// everyone has read exchange n.
 
 constexpr int BOXES = 4;
 constexpr int BOX = greater(greater(greater(QKV_N, I), greater(V, D)) * SLOTS, greater(SMALL_QKV_N, greater(J, E)) * COLS) / 2;
 
-__device__ __forceinline__ void send(u32 number, int replica, int pair, u32 what) {
-  store(given.boxes + ((number % BOXES) * REPLICAS + replica) * BOX + pair, make_uint2(what, number));
+__device__ __forceinline__ void send(u32 number, int pair, u32 what) {
+  store(given.boxes + (number % BOXES) * BOX + pair, make_uint2(what, number));
 }
-__device__ __forceinline__ int replica() { return blockIdx.x % REPLICAS; }
 // Waits for M times eight bytes of what was sent, all asked for at once; those that are not wanted are left as they are.
 template <int M>
 __device__ __forceinline__ void receive(uint2 (&got)[M], const u64* const (&from)[M], const bool (&wanted)[M], u32 number) {
@@ -329,9 +328,7 @@ __device__ __forceinline__ void receive(uint2 (&got)[M], const u64* const (&from
   } while (!there);
 }
 // Where four bfloat16 of an exchange are, from the at-th on.
-__device__ __forceinline__ const u64* box(u32 number, int at) {
-  return given.boxes + ((number % BOXES) * REPLICAS + replica()) * BOX + at / 2;
-}
+__device__ __forceinline__ const u64* box(u32 number, int at) { return given.boxes + (number % BOXES) * BOX + at / 2; }
 __device__ __forceinline__ uint2 receive(u32 number, int at) {
   uint2 got[1];
   const u64* const from[1] = {box(number, at)};
@@ -452,7 +449,7 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
   mark(2);
   workers_meet();
   mark(3);
-  // Eight threads add up two outputs, and each sends one replica of them.
+  // Eight threads add up two outputs.
   constexpr int outs_log = log2_of(m.outs) - 1;
   const int pairs_log = columns_log + outs_log, pairs = tiles << pairs_log, q = lane & 7;
 #pragma unroll 1
@@ -486,8 +483,7 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
       const u32 base = finish == ONTO_STREAM ? *(const u32*)(stream + column * m.n + at) : *(const u32*)(given.projection_bias + at);
       x += bf_low(base), y += bf_high(base);
     }
-    if (start + (lane >> 3) < pairs)
-      for (int i = q; i < REPLICAS; i += 8) send(number, i, (column * m.n + at) / 2, two_bf(x, y));
+    if (q == 0 && start + (lane >> 3) < pairs) send(number, (column * m.n + at) / 2, two_bf(x, y));
   }
   place.end(m.tiles);
   mark(4);
@@ -979,9 +975,8 @@ __device__ __noinline__ void attend_small(int columns, u32 number, int layer, in
       for (int d = 1; d < sharers; d <<= 1)
         total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
       const float by = __fdividef(1.f, total);
-#pragma unroll
-      for (int i = q; i < REPLICAS; i += sharers)
-        send(number, i, (column * PH * HD + (group * SMALL_REPEATS + r) * HD + dim) / 2, two_bf(x * by, y * by));
+      if (q == 0)
+        send(number, (column * PH * HD + (group * SMALL_REPEATS + r) * HD + dim) / 2, two_bf(x * by, y * by));
     }
     if (column + SLOTS < columns) workers_meet();
   }
@@ -1074,12 +1069,9 @@ __device__ __noinline__ void attend(u32 number, int layer) {
       for (int d = 1; d < 4; d <<= 1)
         total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
       const float by = __fdividef(1.f, total);
-      const u32 both = two_bf(x * by, y * by);
-      const int head = group * repeats + r;
-#pragma unroll
-      for (int i = quarter; i < REPLICAS; i += 4) {
-        const int at = ((i * SLOTS + slot) * H + head) * MOST_SPLITS + split;
-        store(given.parts + (u64)at * (HD / 2) + dim / 2, make_uint2(both, number));
+      const int at = (slot * H + group * repeats + r) * MOST_SPLITS + split;
+      if (quarter == 0) {
+        store(given.parts + (u64)at * (HD / 2) + dim / 2, make_uint2(two_bf(x * by, y * by), number));
         if (dim == 0) store(given.part_weights + (u64)at * 2, make_uint4(__float_as_uint(top), number, __float_as_uint(total), number));
       }
     }
@@ -1126,7 +1118,7 @@ __device__ __noinline__ void stage_attended(u32 number) {
 #pragma unroll 1
   for (int unit = warp; unit < SLOTS * H; unit += WARPS) {
     const int slot = unit / H, head = unit % H, splits = n_splits(length_of(slot) + 1);
-    const u64 at = ((u64)replica() * SLOTS * H + unit) * MOST_SPLITS;
+    const u64 at = (u64)unit * MOST_SPLITS;
     const u64* parts = given.parts + at * (HD / 2) + 2 * lane;
     uint2 got[1];
     const u64* const weights[1] = {given.part_weights + (at + min(lane, splits - 1)) * 2};

@@ -36,8 +36,6 @@ MOST_KEPT = 64
 """The most ids that may be drawn from: more need a sort that this kernel has not."""
 _HEAD_DIM = 128
 _MOST_SPLITS = 16
-_REPLICAS = 1
-"""How often what blocks hand each other is written: each block reads one of them."""
 _SHARED_BYTES = 232_448
 _MOST_MARKS = 4096
 _THREADS = 544
@@ -114,8 +112,7 @@ def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | 
     ]
     widths = (config.hidden_size, small.hidden_size)
     if (
-        n_slots not in (1, 2)
-        or n_slots > MOST_SLOTS
+        n_slots > MOST_SLOTS
         or any(len(kind) > 1 for kind in kinds)
         or any(of.head_dim != _HEAD_DIM or of.intermediate_size % _HEAD_DIM for of in (config, small))
         or any(not n_blocks * 4 <= width <= 2048 for width in widths)
@@ -123,7 +120,7 @@ def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | 
     ):
         return None
     return {
-        "GRID": n_blocks, "MOST_SPLITS": _MOST_SPLITS, "REPLICAS": _REPLICAS, "SLOTS": n_slots, "D": config.hidden_size,
+        "GRID": n_blocks, "MOST_SPLITS": _MOST_SPLITS, "SLOTS": n_slots, "D": config.hidden_size,
         "I": config.intermediate_size, "H": config.num_attention_heads, "G": config.num_key_value_heads,
         "L": config.num_hidden_layers, "E": small.hidden_size, "J": small.intermediate_size,
         "PH": small.num_attention_heads, "PG": small.num_key_value_heads, "PL": small.num_hidden_layers,
@@ -164,10 +161,8 @@ def bound(
         "alive": slots.alive, "seen": slots.seen, "first": slots.first, "residual": slots.residual,
         "texts": slots.texts, "codes": slots.codes, "stops": slots.stops, "hidden": hidden,
         # Four boxes for up to two rows a slot, a word for every two values.
-        "boxes": words(
-            _REPLICAS * 4 * n_slots * max(widest(config), widest(small), config.vocab_size, small.vocab_size)
-        ),
-        "parts": words(_REPLICAS * n_shares * config.head_dim // 2), "part_weights": words(_REPLICAS * n_shares * 2),
+        "boxes": words(4 * n_slots * max(widest(config), widest(small), config.vocab_size, small.vocab_size)),
+        "parts": words(n_shares * config.head_dim // 2), "part_weights": words(n_shares * 2),
         "exchange": words(1), "trace": words(n_traced * _MOST_MARKS * 4 or 4),
     }  # fmt: skip
     numbers = {
