@@ -32,7 +32,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 // ---- threads ----
 
-constexpr int THREADS = 544, SHARED = 232448, STACK = 1 << 16;
+constexpr int SHARED = 232448, STACK = 1 << 16;
 
 struct Sync { u64 arrived = 0; };
 struct Warp {

@@ -13,18 +13,19 @@
 // the other, and the row's product is the sum of two of the four outcomes. So one instruction takes all sixteen bytes, and
 // nothing is moved. Up to four rows of activations cost as much as one.
 //
-// Constants that persistent.py puts above: GRID blocks; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
+// Constants that persistent.py puts above: GRID blocks of THREADS; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
 // heads, layers of the talker; E, J, PH, PG, PL of the predictor; V, W ids of the first and of the other codebooks;
 // Q codebooks; MOST_SPLITS shares of a cache; TALKER_INT4, PREDICTOR_INT4, PROJECTED.
 
 constexpr int HD = 128, GROUP = 128;
-constexpr int WARPS = 16, WORKERS = 32 * WARPS;
+constexpr int WARPS = THREADS / 32 - 1, WORKERS = 32 * WARPS;  // that compute: all but one
 constexpr int SLOT_BYTES = 16384, MOST_RING = 32, MOST_SHARED = 232448;
 constexpr int PAD = 64;  // between a tile's rows in shared memory, so that two of them meet different banks
 constexpr int MIN_FRAMES = 2, ENDED = -1;
 constexpr u32 MOST_TRIES = 1u << 24;
 constexpr int COLS = 2 * SLOTS;
 constexpr int MOST_KEPT = 64;
+constexpr int ON_THEIR_WAY = 2;  // slots: more of them only stand in the way of what blocks hand each other
 constexpr int SHARE = 128;  // positions of a cache that are worth a block of their own
 
 constexpr int greater(int a, int b) { return a > b ? a : b; }
@@ -168,6 +169,7 @@ struct Shared {
   int counts[4][WARPS];
   int code[SLOTS][Q];
   int frame[SLOTS], alive[SLOTS], prompt[SLOTS];
+  u32 nibbles;  // a constant that would otherwise be made anew for every use
   u64 ring_waits;
   int n_marks;
 };
@@ -268,6 +270,8 @@ __device__ __noinline__ Place feed(Place place, int which, int weight, u64 polic
 #pragma unroll 1
     for (int segment = 0; segment < m.segments; ++segment) {
       wait_for(&s.empty[place.slot], place.parity ^ 1);
+      const bool wraps = place.slot < ON_THEIR_WAY;
+      wait_for(&s.full[place.slot - ON_THEIR_WAY + (wraps ? RING : 0)], place.parity ^ wraps);
       u8* to = memory + place.slot * RING_SLOT;
       u64* gate = &s.full[place.slot];
       if (lane == 0) expect(gate, m.rows * m.segment + m.tables);
@@ -303,9 +307,8 @@ __device__ __noinline__ Place feed(Place place, int which, int weight, u64 polic
 constexpr int BOXES = 4;
 constexpr int BOX = greater(greater(greater(QKV_N, I), greater(V, D)) * SLOTS, greater(SMALL_QKV_N, greater(J, E)) * COLS) / 2;
 
-__device__ __forceinline__ void send(u32 number, int pair, u32 what) {
-  store(given.boxes + (number % BOXES) * BOX + pair, make_uint2(what, number));
-}
+__device__ __forceinline__ u64* outbox(u32 number) { return given.boxes + (number % BOXES) * BOX; }
+__device__ __forceinline__ void send(u64* to, u32 number, u32 what) { store(to, make_uint2(what, number)); }
 // Waits for M times eight bytes of what was sent, all asked for at once; those that are not wanted are left as they are.
 template <int M>
 __device__ __forceinline__ void receive(uint2 (&got)[M], const u64* const (&from)[M], const bool (&wanted)[M], u32 number) {
@@ -328,7 +331,7 @@ __device__ __forceinline__ void receive(uint2 (&got)[M], const u64* const (&from
   } while (!there);
 }
 // Where four bfloat16 of an exchange are, from the at-th on.
-__device__ __forceinline__ const u64* box(u32 number, int at) { return given.boxes + (number % BOXES) * BOX + at / 2; }
+__device__ __forceinline__ const u64* box(u32 number, int at) { return outbox(number) + at / 2; }
 __device__ __forceinline__ uint2 receive(u32 number, int at) {
   uint2 got[1];
   const u64* const from[1] = {box(number, at)};
@@ -345,13 +348,13 @@ enum { ROUNDED, ONTO_STREAM, WITH_BIAS };
 __device__ __forceinline__ uint2 pairs(const u16* x) { return make_uint2(*(const u32*)x, *(const u32*)(x + 4)); }
 
 // Products of eight rows and a group: 32 weights a lane.
-__device__ __forceinline__ void multiply_group(float (&c)[4], const uint4& weights, const uint2 (&b)[4]) {
+__device__ __forceinline__ void multiply_group(float (&c)[4], const uint4& weights, const uint2 (&b)[4], u32 nibbles) {
   const u32 w[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     u32 p[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) p[j] = ((w[e] >> (4 * j)) & 0x000f000fu) | 0x43004300u;  // 128 + the nibble, two bfloat16
+    for (int j = 0; j < 4; ++j) p[j] = ((w[e] >> (4 * j)) & nibbles) | 0x43004300u;  // 128 + the nibble, two bfloat16
     multiply(c, p[0], p[1], p[2], p[3], b[e].x, b[e].y);
   }
 }
@@ -362,8 +365,9 @@ __device__ __forceinline__ void multiply_group(float (&c)[4], const uint4& weigh
 template <int WHICH>
 __device__ __noinline__ Place product(Place place, int columns_log, u32 number, int finish, float eps) {
   constexpr Shape m = shape_of(WHICH);
-  // Tiles of one slot are taken several at once, others slot by slot.
-  constexpr int sets = WARPS / m.parts, at_once = !m.int4 && m.segments == 1 ? 4 : 1, halves = m.rows / 8;
+  // Tiles of one slot are taken several at once, so that what is read of one comes while another is multiplied.
+  constexpr int sets = WARPS / m.parts, most = divided(m.tiles, GRID), rounds = divided(most, m.int4 ? 3 : 4);
+  constexpr int at_once = m.segments == 1 ? divided(most, rounds) : 1, halves = m.rows / 8;
   constexpr int steps = m.k / m.unit / m.segments, kept = m.int4 ? 4 : m.share;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int part = warp % m.parts, columns = 1 << columns_log;
@@ -371,6 +375,9 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
   float* red = s.red[place.turn];
   // Two columns a row: what belongs to the even pairs of eight inputs, and to the odd ones.
   const bool active = g < 2 * columns;
+  const u32 nibbles = s.nibbles;
+  // Before the meeting: nothing behind it should wait for what is known.
+  u64* const to = outbox(number);
   const u16* x = s.x + (g >> 1) * m.k + 2 * (g & 1) + part * m.share * m.unit + (m.int4 ? 32 : 8) * t;
   uint2 b[kept];
 #pragma unroll
@@ -388,7 +395,7 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
     if constexpr (!m.int4) {
 #pragma unroll
       for (int i = 0; i < at_once; ++i) {
-        if (at_once > 1 && i >= now) continue;
+        // What lies in slots that are not there yet comes to nothing.
         if (sets > 1 && (start + i) % sets != warp / m.parts) continue;
         float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
@@ -403,35 +410,38 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
         }
         sums[i] = c[0][0] + c[0][3] + (c[1][0] + c[1][3]);
       }
-    } else if (sets == 1 || start % sets == warp / m.parts) {
-#pragma unroll
-      for (int h = 0; h < halves; ++h) sums[h] = 0.f;
+    } else {
       const float* x_sums = s.sums + min(t, columns - 1) * m.groups + part * m.share;
-#pragma unroll 1
-      for (int i = 0; i < m.share; ++i) {
-        const int group = part * m.share + i;
-        const u8 *from = slots[0] + group * 64, *tables = slots[0] + ROW_ROOM;
 #pragma unroll
-        for (int segment = 1; segment < m.segments; ++segment)
-          if (group >= segment * steps) from = slots[segment] + (group - segment * steps) * 64;
+      for (int i = 0; i < at_once * halves; ++i) sums[i] = 0.f;
+#pragma unroll
+      for (int j = 0; j < m.share; ++j) {
+        const int group = part * m.share + j;
+        uint4 a[at_once * halves];
+        float scale[at_once * halves], zero[at_once * halves];
+#pragma unroll
+        for (int i = 0; i < at_once * halves; ++i) {
+          const int row = 8 * (i % halves) + g;
+          const u8 *slot = slots[i / halves], *tables = slot + ROW_ROOM, *from = slot + group * 64;
+#pragma unroll
+          for (int segment = 1; segment < m.segments; ++segment)
+            if (group >= segment * steps) from = slots[segment] + (group - segment * steps) * 64;
+          if (sets > 1 && (start + i / halves) % sets != warp / m.parts) continue;
+          a[i] = *(const uint4*)(from + row * m.pitch + t * 16);
+          scale[i] = half(((const u16*)tables)[row * m.groups + group]);
+          zero[i] = 128.f + (tables + 2 * m.rows * m.groups)[row * m.groups + group];
+        }
+        const float x_sum = x_sums[j];
         if (m.share > 1)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            if (active) b[e] = pairs(x + i * GROUP + 8 * e);
-        const float x_sum = x_sums[i];
-        uint4 a[halves];
-        float scale[halves], zero[halves];
+            if (active) b[e] = pairs(x + j * GROUP + 8 * e);
 #pragma unroll
-        for (int h = 0; h < halves; ++h) {
-          a[h] = *(const uint4*)(from + (8 * h + g) * m.pitch + t * 16);
-          scale[h] = half(((const u16*)tables)[(8 * h + g) * m.groups + group]);
-          zero[h] = 128.f + (tables + 2 * m.rows * m.groups)[(8 * h + g) * m.groups + group];
-        }
-#pragma unroll
-        for (int h = 0; h < halves; ++h) {
+        for (int i = 0; i < at_once * halves; ++i) {
+          if (sets > 1 && (start + i / halves) % sets != warp / m.parts) continue;
           float c[4] = {0.f, 0.f, 0.f, 0.f};
-          multiply_group(c, a[h], b);
-          sums[h] += scale[h] * (c[0] + c[3] - zero[h] * x_sum);
+          multiply_group(c, a[i], b, nibbles);
+          sums[i] += scale[i] * (c[0] + c[3] - zero[i] * x_sum);
         }
       }
     }
@@ -440,7 +450,7 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
 #pragma unroll
       for (int i = 0; i < at_once * halves; ++i) {
         const int nth = start + i / halves;
-        if (at_once > 1 && i >= now) continue;
+        if (at_once > 1 && i / halves >= now) continue;
         if (sets == 1 || nth % sets == warp / m.parts)
           red[(((nth * m.rows + 8 * (i % halves) + g) << columns_log) + t) * RED_PITCH + part] = sums[i];
       }
@@ -483,7 +493,7 @@ __device__ __noinline__ Place product(Place place, int columns_log, u32 number, 
       const u32 base = finish == ONTO_STREAM ? *(const u32*)(stream + column * m.n + at) : *(const u32*)(given.projection_bias + at);
       x += bf_low(base), y += bf_high(base);
     }
-    if (q == 0 && start + (lane >> 3) < pairs) send(number, (column * m.n + at) / 2, two_bf(x, y));
+    if (q == 0 && start + (lane >> 3) < pairs) send(to + (column * m.n + at) / 2, number, two_bf(x, y));
   }
   place.end(m.tiles);
   mark(4);
@@ -976,7 +986,7 @@ __device__ __noinline__ void attend_small(int columns, u32 number, int layer, in
         total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
       const float by = __fdividef(1.f, total);
       if (q == 0)
-        send(number, (column * PH * HD + (group * SMALL_REPEATS + r) * HD + dim) / 2, two_bf(x * by, y * by));
+        send(outbox(number) + (column * PH * HD + (group * SMALL_REPEATS + r) * HD + dim) / 2, number, two_bf(x * by, y * by));
     }
     if (column + SLOTS < columns) workers_meet();
   }
@@ -1228,7 +1238,7 @@ __device__ __forceinline__ void feed_all() {
   for (int i = 0; i < 4 * L; ++i) place = feed(place, QKV + i % 4, TALKER + i, once);
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid_constant__ Arguments arguments) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) frame(const __grid_constant__ Arguments arguments) {
   const int tid = threadIdx.x;
   if (tid == 0) {
     for (int i = 0; i < RING; ++i) {
@@ -1236,9 +1246,9 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) frame(const __grid
       set_up(&s.empty[i], WARPS);
     }
     all_set_up();
-    s.n_marks = 0, s.ring_waits = 0;
+    s.n_marks = 0, s.ring_waits = 0, s.nibbles = 0x000f000fu;
   }
-  for (int i = tid; i < sizeof(Arguments) / 8; i += WORKERS + 32) ((u64*)&given)[i] = ((const u64*)&arguments)[i];
+  for (int i = tid; i < sizeof(Arguments) / 8; i += THREADS) ((u64*)&given)[i] = ((const u64*)&arguments)[i];
   if (tid < SLOTS) s.frame[tid] = arguments.frame[tid], s.alive[tid] = arguments.alive[tid], s.prompt[tid] = arguments.prompt[tid];
   __syncthreads();
   if (tid >= WORKERS) {

@@ -120,7 +120,7 @@ def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | 
     ):
         return None
     return {
-        "GRID": n_blocks, "MOST_SPLITS": _MOST_SPLITS, "SLOTS": n_slots, "D": config.hidden_size,
+        "GRID": n_blocks, "THREADS": _THREADS, "MOST_SPLITS": _MOST_SPLITS, "SLOTS": n_slots, "D": config.hidden_size,
         "I": config.intermediate_size, "H": config.num_attention_heads, "G": config.num_key_value_heads,
         "L": config.num_hidden_layers, "E": small.hidden_size, "J": small.intermediate_size,
         "PH": small.num_attention_heads, "PG": small.num_key_value_heads, "PL": small.num_hidden_layers,
