@@ -21,7 +21,7 @@ from quaver.kernels.sampler import Slots, sample_first, sample_residual, seat, t
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.sparing import lent
 from quaver.model.tts import TTS, Prompt
-from quaver.recorded import Recorded
+from quaver.recorded import Recorded, undisturbed
 from quaver.sampling import MIN_FRAMES, Sampling
 
 _PROGRAMS = 128
@@ -290,7 +290,7 @@ class FrameGraph:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with undisturbed(), torch.cuda.graph(graph):
             self._enqueue()
         return graph
 

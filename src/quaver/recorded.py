@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakSet
@@ -61,6 +63,18 @@ def forget() -> None:
         one.forget()
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leaves garbage where it is meanwhile: an older graph that is found in it and destroyed ends a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 @dataclass(frozen=True, slots=True)
 class _Recording:
     """A graph, where it reads its inputs and where it leaves what it makes."""
@@ -77,7 +91,7 @@ class _Recording:
         graph, stream = torch.cuda.CUDAGraph(), _stream(device)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        with torch.cuda.device(device), torch.cuda.stream(stream), undisturbed():
             # As torch.cuda.graph does, but for collecting garbage, which takes longer than recording; and while this
             # thread records, others may go on copying to the device (see model.visiting).
             graph.capture_begin(pool=None if room is None else room.pool(), capture_error_mode="thread_local")
