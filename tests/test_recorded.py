@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from quaver import awq_search, recorded
 from quaver.awq_search import Feedback, compensated, nearest, settled
 from quaver.int4 import GROUP
-from quaver.recorded import Recorded
+from quaver.recorded import Recorded, loose
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -114,3 +115,20 @@ def test_an_older_recording_may_become_garbage_while_another_is_made(device):
         old[0](x)
     for _ in range(2):
         assert new(x)[0].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_records_a_method_of_its_own_goes_before_garbage_is_collected(device):
+    class Doubling:
+        def __init__(self):
+            self.fast = Recorded(loose(self.twice))
+
+        def twice(self, x):
+            return (x + x,)
+
+    with recorded.undisturbed():
+        one, x = Doubling(), torch.ones(3, device=device)
+        assert [one.fast(x)[0].tolist() for _ in range(3)] == [[2.0] * 3] * 3
+        gone = weakref.ref(one)
+        del one
+        assert gone() is None

@@ -21,7 +21,7 @@ from quaver.kernels.sampler import Slots, sample_first, sample_residual, seat, t
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.sparing import lent
 from quaver.model.tts import TTS, Prompt
-from quaver.recorded import Recorded, undisturbed
+from quaver.recorded import Recorded, loose, undisturbed
 from quaver.sampling import MIN_FRAMES, Sampling
 
 _PROGRAMS = 128
@@ -68,7 +68,7 @@ class Weights:
 
     def __init__(self, tts: TTS, *, records: bool = True) -> None:
         talker, predictor = tts.talker, tts.talker.code_predictor
-        self._recorded = Recorded(self.heard) if records else None
+        self._recorded = Recorded(loose(self.heard)) if records else None
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         # The modules outlive whatever inference mode this is called in.
         with torch.inference_mode(False), torch.no_grad():

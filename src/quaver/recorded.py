@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch import Tensor
@@ -52,6 +52,18 @@ class Recorded:
     def forget(self) -> None:
         """Lets all recordings go."""
         self._recordings.clear()
+
+
+def loose(method: Function) -> Function:
+    """``method`` of an object that holds what calls this; held by that it would live until garbage is collected."""
+    weak = WeakMethod(method)
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        held = weak()
+        assert held is not None
+        return held(*inputs)
+
+    return call
 
 
 _ALL: WeakSet[Recorded] = WeakSet()
