@@ -492,12 +492,9 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
     yield f"{kind} kernels b1", lambda: kernel_times(weights(), 1)
     yield f"{kind} agreement", lambda: same_codes(tts, 24)
     engine = Engine(tts)
-    for batch in batches[:2]:
+    for batch in batches:
         yield f"{kind} engine b{batch}", partial(timed_frames, engine, batch, n_frames)
     yield f"{kind} first audio", lambda: first_audio(engine)
-    untried = Engine(tts, untried=True)
-    yield f"{kind} engine untried b{batches[0]}", partial(timed_frames, untried, batches[0], n_frames)
-    yield f"{kind} first audio untried", lambda: first_audio(untried)
     yield f"{kind} first audio, parts", lambda: first_audio_parts(weights(), whole=True)
 
 

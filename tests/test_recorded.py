@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from quaver import awq_search, recorded
 from quaver.awq_search import Feedback, compensated, nearest, settled
 from quaver.int4 import GROUP
-from quaver.recorded import Recorded
+from quaver.recorded import Recorded, loose
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -77,3 +80,55 @@ def test_rounding_on_any_device_is_as_good_as_on_a_cpu(device):
         return float(awq_search.row_errors(found.dequantize() - weight, second).sum())
 
     assert error(weight.to(device), second.to(device)) == pytest.approx(error(weight, second), rel=0.01)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_left_alone_for_a_while_and_then_collected_as_before(collects):
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(ValueError, match="in it"), recorded.undisturbed():
+            assert not gc.isenabled()
+            raise ValueError("in it")
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_older_recording_may_become_garbage_while_another_is_made(device):
+    x, old = torch.ones(3, device=device), []
+
+    def wasteful(x):
+        # In a ring only the collector finds it, which looks when there are many new objects.
+        ring = [*old]
+        ring.append(ring)
+        old.clear()
+        del ring
+        assert len([[] for _ in range(100_000)]) == 100_000
+        return (x + 1,)
+
+    new = Recorded(wasteful)
+    new(x)
+    old.append(Recorded(lambda x: (x + x,)))
+    for _ in range(3):
+        old[0](x)
+    for _ in range(2):
+        assert new(x)[0].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_records_a_method_of_its_own_goes_before_garbage_is_collected(device):
+    class Doubling:
+        def __init__(self):
+            self.fast = Recorded(loose(self.twice))
+
+        def twice(self, x):
+            return (x + x,)
+
+    with recorded.undisturbed():
+        one, x = Doubling(), torch.ones(3, device=device)
+        assert [one.fast(x)[0].tolist() for _ in range(3)] == [[2.0] * 3] * 3
+        gone = weakref.ref(one)
+        del one
+        assert gone() is None

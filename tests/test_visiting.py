@@ -22,6 +22,7 @@ from quaver.model.visiting import Visiting
 from quaver.provenance import Step
 from quaver.voice import Voice
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 VOICE = Voice("v", torch.randn(128, generator=torch.Generator().manual_seed(0)))
 ASKED = [Utterance(text, "english", VOICE, seed=seed) for seed, text in enumerate(("One boat.", "Two small boats."))]
 
@@ -32,7 +33,7 @@ def deep(tmp_path_factory):
     return toy.checkpoint(tmp_path_factory.mktemp("deep") / "deep", num_hidden_layers=5)
 
 
-@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, None])
 def test_visiting_layers_speak_the_same_codes(deep, dtype, device):
     stays, visits, small = (TTS.load(deep, device=device, dtype=dtype, room_bytes=n) for n in (1 << 40, 0, 1 << 30))
@@ -41,12 +42,17 @@ def test_visiting_layers_speak_the_same_codes(deep, dtype, device):
     # What a calibration speaks is PyTorch's, so that it does not depend on what else is installed.
     assert stays.talker.model.stepper is None and stays.talker.code_predictor.model.stepper is None
     said, again = (corpus.speak(tts, ASKED) for tts in (stays, visits))
+    # A GPU records the steps after the first frame, which add up in another order (see test_steps): in 16 bits codes
+    # part there at near ties.
+    exact = device == "cpu" or stays.dtype == torch.float32
     for one, two in zip(said, again, strict=True):
-        assert torch.equal(one.codes, two.codes)
+        n = None if exact else 1
+        assert torch.equal(one.codes[:n], two.codes[:n])
     prompts = [stays.prompt(one) for one in ASKED]
-    codes = [item.codes for item in said]
-    for one, two in zip(stays.force(prompts, codes), visits.force(prompts, codes), strict=True):
-        assert torch.equal(one.hidden, two.hidden)
+    for codes in ([item.codes for item in of] for of in (said, again)):
+        for one, two in zip(stays.force(prompts, codes), visits.force(prompts, codes), strict=True):
+            wrong = (one.hidden - two.hidden).float().norm() / one.hidden.float().norm()
+            assert wrong <= (0 if exact else 0.02)
 
 
 def test_shards_and_layers_of_differing_types_visit_too(deep, tmp_path):
@@ -58,6 +64,18 @@ def test_shards_and_layers_of_differing_types_visit_too(deep, tmp_path):
     prompt = stays.prompt(ASKED[0])
     codes = torch.zeros(3, 16, dtype=torch.long)
     assert torch.equal(stays.force([prompt], [codes])[0].hidden, visits.force([prompt], [codes])[0].hidden)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layers_visit_whatever_mode_the_model_was_loaded_in(deep, dtype, device):
+    with torch.inference_mode():
+        inside = TTS.load(deep, device=device, dtype=dtype, room_bytes=0)
+    outside = TTS.load(deep, device=device, dtype=dtype, room_bytes=0)
+    for one, two in zip(inside.talker.model.layers, outside.talker.model.layers, strict=True):
+        for name, parameter in one.named_parameters():
+            assert not parameter.is_inference()
+            assert torch.equal(parameter, two.get_parameter(name))
 
 
 @pytest.mark.parametrize("n_readers", [1, 3, 7])

@@ -84,19 +84,16 @@ class Engine:
     """Speaks with one model: by graphs where there is a CUDA device and Triton, in plain PyTorch elsewhere.
 
     ``graphs`` False keeps to plain PyTorch there too, as do layers that only visit the device: a graph's must stay.
-    ``clock`` counts where the time of plain PyTorch goes. ``untried`` takes ways that are faster and that too few GPUs
-    have run yet: a frame as one kernel and, where memory is not limited, prompts by kernels, recorded like the sound,
-    which holds the memory that they work in. ``memory_bytes`` is what all of it may take of the device: what would take
-    more is refused, with the figures, before anything is said.
+    ``clock`` counts where the time of plain PyTorch goes. ``memory_bytes`` is what all of it may take of the device:
+    what would take more is refused, with the figures, before anything is said. Without it, prompts and sound are
+    recorded, which holds the memory that they work in.
     """
 
     def __init__(
-        self, tts: TTS, *, graphs: bool = True, memory_bytes: int | None = None, untried: bool = False,
-        clock: Clock | None = None,
-    ) -> None:  # fmt: skip
+        self, tts: TTS, *, graphs: bool = True, memory_bytes: int | None = None, clock: Clock | None = None
+    ) -> None:
         self.tts = tts
         self._clock = clock
-        self._untried = untried
         self._sounds: list[CodecStream] = []
         # Kernels know plain weights and INT4.
         in_int8 = any(
@@ -144,7 +141,7 @@ class Engine:
     @property
     def _records(self) -> bool:
         """Whether prompts and sound are recorded. A recording keeps what it works in: none where memory is limited."""
-        return self._untried and self._memory_bytes is None
+        return self._graphs and self._memory_bytes is None
 
     def release(self) -> None:
         """Lets go of what is kept for the next request: caches, graphs, recordings. Weights stay."""
@@ -240,14 +237,14 @@ class Engine:
         self._idle = [] if scarce else [graph for graph in self._idle if graph.n_slots != len(prompts)]
         sizes = (max(n_positions, self._n_positions), n_lines)
         n_positions, n_lines = (_in_steps(n) if scarce else _power_of_two(n) for n in sizes)
-        return FrameGraph(self._fused(), len(prompts), n_positions, n_lines, whole=self._untried)
+        return FrameGraph(self._fused(), len(prompts), n_positions, n_lines, whole=True)
 
     def _fused(self) -> Weights:
         """The weights as the kernels read them: fused when they are first asked for."""
         from quaver.frame import Weights
 
         if self._weights is None:
-            self._weights = Weights(self.tts, recorded=self._records)
+            self._weights = Weights(self.tts, records=self._records)
             # What fusing let go of has other sizes than what speaking asks for.
             torch.cuda.empty_cache()
         return self._weights

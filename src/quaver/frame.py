@@ -21,7 +21,7 @@ from quaver.kernels.sampler import Slots, sample_first, sample_residual, seat, t
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
 from quaver.model.sparing import lent
 from quaver.model.tts import TTS, Prompt
-from quaver.recorded import Recorded
+from quaver.recorded import Recorded, loose, undisturbed
 from quaver.sampling import MIN_FRAMES, Sampling
 
 _PROGRAMS = 128
@@ -66,9 +66,9 @@ class Weights:
     a product and a launch off every code (and, for a talker of width 2,048, 65 MB). Those on the host are lent.
     """
 
-    def __init__(self, tts: TTS, *, recorded: bool = True) -> None:
+    def __init__(self, tts: TTS, *, records: bool = True) -> None:
         talker, predictor = tts.talker, tts.talker.code_predictor
-        self._recorded = Recorded(self.heard) if recorded and tts.device.type == "cuda" else None
+        self._recorded = Recorded(loose(self.heard)) if records else None
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         # The modules outlive whatever inference mode this is called in.
         with torch.inference_mode(False), torch.no_grad():
@@ -92,13 +92,13 @@ class Weights:
     def prefill(self, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the talker makes of the prompt ``embeds`` [T, D]: last hidden state [D], keys and values [L, G, T, d].
 
-        With ``recorded`` by kernels: prompts are filled up to one of a few lengths, and nothing sees what stands behind
-        them. Otherwise, and without a GPU, by the modules.
+        By kernels, without a GPU by the modules. With ``records`` a short one is filled up to one of a few lengths, and
+        nothing sees what stands behind it.
         """
         n = len(embeds)
-        if self._recorded is None:
+        if not embeds.is_cuda:
             hidden, keys, values = self._from_modules(embeds)
-        elif n > _MOST_RECORDED:
+        elif self._recorded is None or n > _MOST_RECORDED:
             hidden, keys, values = self.heard(embeds)
         else:
             hidden, keys, values = self._recorded(F.pad(embeds, (0, 0, 0, _filled(n) - n)))
@@ -290,7 +290,7 @@ class FrameGraph:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with undisturbed(), torch.cuda.graph(graph):
             self._enqueue()
         return graph
 

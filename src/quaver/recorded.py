@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch import Tensor
@@ -52,6 +54,18 @@ class Recorded:
         self._recordings.clear()
 
 
+def loose(method: Function) -> Function:
+    """``method`` of an object that holds what calls this; held by that it would live until garbage is collected."""
+    weak = WeakMethod(method)
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        held = weak()
+        assert held is not None
+        return held(*inputs)
+
+    return call
+
+
 _ALL: WeakSet[Recorded] = WeakSet()
 
 
@@ -59,6 +73,18 @@ def forget() -> None:
     """Lets the recordings of every function go: on a GPU they hold memory."""
     for one in _ALL:
         one.forget()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leaves garbage where it is meanwhile: an older graph that is found in it and destroyed ends a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +103,7 @@ class _Recording:
         graph, stream = torch.cuda.CUDAGraph(), _stream(device)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        with torch.cuda.device(device), torch.cuda.stream(stream), undisturbed():
             # As torch.cuda.graph does, but for collecting garbage, which takes longer than recording; and while this
             # thread records, others may go on copying to the device (see model.visiting).
             graph.capture_begin(pool=None if room is None else room.pool(), capture_error_mode="thread_local")

@@ -11,7 +11,9 @@ import ctypes
 import hashlib
 import os
 import sysconfig
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from ctypes.util import find_library
 from functools import cache
 from pathlib import Path
@@ -46,6 +48,9 @@ _POINTERS = (
 )  # fmt: skip
 _FLOATS, _INTS = ("eps", "small_eps"), ("stop_id", "n_banned", "capacity", "n_lines")
 
+_failures: list[str] = []
+"""Why this machine cannot make or load the kernel, where it was seen that it cannot: it is not tried again."""
+
 
 class Persistent:
     """The kernel bound to one frame's weights and state. Calling it enqueues a frame on the current stream."""
@@ -62,18 +67,24 @@ class Persistent:
     ) -> Persistent | None:
         """The kernel that speaks a frame of ``slots``; None where the GPU, the model's shapes or storage do not fit.
 
+        None too, and a warning once in a process, where an older CUDA cannot compile it: a frame needs no such kernel.
         ``traced``: blocks leave their moments in ``trace``, which makes it a little slower.
         """
         device = hidden.device
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or _nvrtc() is None:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or _nvrtc() is None or _failures:
             return None
         n_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         found = constants(weights, len(hidden), n_blocks)
         if found is None or hidden.dtype != torch.bfloat16:
             return None
         tensors, numbers, lists = bound(weights, slots, talker, predictor, hidden, n_blocks if traced else 0)
-        code = compiled({**found, "TRACED": traced}, device)
-        return cls(code, n_blocks, arguments(tensors, numbers, lists), tensors)
+        try:
+            code = compiled({**found, "TRACED": traced}, device)
+            return cls(code, n_blocks, arguments(tensors, numbers, lists), tensors)
+        except (QuaverError, OSError) as error:
+            _failures.append(str(error))
+            warnings.warn(f"speech is slower than it could be on {device}: {error}", stacklevel=2)
+            return None
 
     @property
     def trace(self) -> Tensor:
@@ -223,8 +234,10 @@ def compiled(values: Mapping[str, int | bool], device: torch.device) -> bytes:
     if kept.exists():
         return kept.read_bytes()
     made = _compiled(nvrtc, text.encode(), architecture)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_file(kept, made)
+    # Where nothing can be kept, the next process compiles again.
+    with suppress(OSError, QuaverError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, made)
     return made
 
 

@@ -22,7 +22,7 @@ from quaver.config import CodecDecoderConfig
 from quaver.errors import CheckpointError
 from quaver.model.layers import RMSNorm, Rotary
 from quaver.model.sparing import Linear, apart, lent, parts
-from quaver.recorded import Recorded
+from quaver.recorded import Recorded, loose
 
 _MOST_RECORDED = 16
 """Longer pushes, as a voice's own codes, keep a GPU busy by themselves, and what they hold would be large."""
@@ -465,7 +465,7 @@ class CodecStream:
     def __init__(self, decoder: CodecDecoder, batch: int, recorded: bool) -> None:
         self._decoder = decoder
         self._batch = batch
-        self._recorded = Recorded(self._next) if recorded else None
+        self._recorded = Recorded(loose(self._next)) if recorded else None
         # Biases are always where sound is made; weights may be elsewhere.
         bias = decoder.pre_conv.conv.bias
         assert bias is not None

@@ -181,6 +181,8 @@ class _Slot:
     they have arrived, and when the layer before them has been run.
     """
 
+    # The thread that fills it is in no inference mode, whatever mode this is called in.
+    @torch.inference_mode(False)
     def __init__(
         self,
         config: DecoderConfig,
