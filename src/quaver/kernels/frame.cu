@@ -25,7 +25,7 @@ constexpr int MIN_FRAMES = 2, ENDED = -1;
 constexpr u32 MOST_TRIES = 1u << 24;
 constexpr int COLS = 2 * SLOTS;
 constexpr int MOST_KEPT = 64;
-constexpr int ON_THEIR_WAY = 2;  // slots: more of them only stand in the way of what blocks hand each other
+constexpr int ON_THEIR_WAY = 3;  // slots: more of them only stand in the way of what blocks hand each other
 constexpr int SHARE = 128;  // positions of a cache that are worth a block of their own
 
 constexpr int greater(int a, int b) { return a > b ? a : b; }
@@ -215,12 +215,9 @@ __device__ __forceinline__ void mark(int what) {
 
 // ---- the ring ----
 
-__device__ __noinline__ void wait_longer(u64* gate, u32 parity) {
+__device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
   u32 tries = 0;
   while (!passed(gate, parity)) give_up(++tries);
-}
-__device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
-  if (!passed(gate, parity)) wait_longer(gate, parity);
 }
 
 struct Place {
@@ -359,100 +356,126 @@ __device__ __forceinline__ void multiply_group(float (&c)[4], const uint4& weigh
   }
 }
 
-// Sends the product of the rows in s.x, 1 << columns_log of them: outputs in pairs, finished in float32.
-//
-// Where ``eps`` is not zero the rows still lack what their RMS norm divides by; their squares are in s.squares.
+// A lane's share of some tiles of a weight.
 template <int WHICH>
-__device__ __noinline__ Place product(Place place, int columns_log, u32 number, int finish, float eps) {
-  constexpr Shape m = shape_of(WHICH);
-  // Tiles of one slot are taken several at once, so that what is read of one comes while another is multiplied.
-  constexpr int sets = WARPS / m.parts, most = divided(m.tiles, GRID), rounds = divided(most, m.int4 ? 3 : 4);
-  constexpr int at_once = m.segments == 1 ? divided(most, rounds) : 1, halves = m.rows / 8;
-  constexpr int steps = m.k / m.unit / m.segments, kept = m.int4 ? 4 : m.share;
+struct Tiles {
+  static constexpr Shape m = shape_of(WHICH);
+  // Tiles of one slot are taken several at once.
+  static constexpr int most = divided(m.tiles, GRID), rounds = divided(most, m.int4 ? 3 : 4);
+  static constexpr int at_once = m.segments == 1 ? divided(most, rounds) : 1, halves = m.rows / 8, n = at_once * halves;
+  static constexpr int sets = WARPS / m.parts, steps = m.k / m.unit / m.segments;
+  uint4 values[n][m.share];
+  float scales[m.int4 ? n : 1][m.share], zeros[m.int4 ? n : 1][m.share];
+
+  // A warp's own: tiles are dealt to the sets of warps that share a row.
+  static __device__ __forceinline__ bool mine(int nth) { return sets == 1 || nth % sets == (threadIdx.x >> 5) / m.parts; }
+  // Those from the start-th on, of so many that there are, once they have come; their slots are free again.
+  __device__ __forceinline__ void take(Place& place, int start, int tiles) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, part = (threadIdx.x >> 5) % m.parts;
+    const int now = at_once == 1 ? start < tiles ? m.segments : 0 : min(at_once, tiles - start);
+    const long long before = TRACED ? clock64() : 0;
+    place.wait(now);
+    if (TRACED && threadIdx.x == 0) s.ring_waits += clock64() - before;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      // What lies in slots that are not there yet comes to nothing.
+      if (!mine(start + i / halves)) continue;
+      const int row = 8 * (i % halves) + g;
+      const u8 *slot = place.nth(i / halves), *tables = slot + ROW_ROOM;
+#pragma unroll
+      for (int j = 0; j < m.share; ++j) {
+        const int step = part * m.share + j;
+        const u8* from = slot;
+#pragma unroll
+        for (int segment = 1; segment < m.segments; ++segment)
+          if (step >= segment * steps) from = place.nth(segment) - 64 * segment * steps;
+        values[i][j] = *(const uint4*)(from + row * m.pitch + t * 16 + step * 64);
+        if constexpr (m.int4) {
+          scales[i][j] = half(((const u16*)tables)[row * m.groups + step]);
+          zeros[i][j] = 128.f + (tables + 2 * m.rows * m.groups)[row * m.groups + step];
+        }
+      }
+    }
+    place.release(now);
+  }
+};
+
+// Where the rows of a product come from: exchange ``number``, or, for the first of a stack's layers, codes.
+struct Rows { int columns_log, skipped; bool from_codes; int codebook; const u16* gain; };
+
+template <int WHICH> __device__ __forceinline__ void stage(const Rows& rows, int turn, u32 number);
+__device__ __forceinline__ void stage_attended(u32 number);
+
+// Sends the product of ``rows``, finished in float32, outputs in pairs, as exchange ``number``.
+//
+// Where ``eps`` is not zero the rows still lack what their RMS norm divides by; their squares are in s.squares. What is
+// first multiplied is in registers before the rows are there.
+template <int WHICH>
+__device__ __noinline__ Place product(Place place, Rows rows, u32 number, int finish, float eps) {
+  using Mine = Tiles<WHICH>;
+  constexpr Shape m = Mine::m;
+  constexpr int kept = m.int4 ? 4 : m.share;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const int part = warp % m.parts, columns = 1 << columns_log;
+  const int part = warp % m.parts, columns_log = rows.columns_log, columns = 1 << columns_log;
   const int first = place.begin(), tiles = first < m.tiles ? divided(m.tiles - first, GRID) : 0;
   float* red = s.red[place.turn];
+  Mine mine;
+  mine.take(place, 0, tiles);
+  stage<WHICH>(rows, place.turn, number - 1);
   // Two columns a row: what belongs to the even pairs of eight inputs, and to the odd ones.
   const bool active = g < 2 * columns;
+  const u16* x = s.x + (g >> 1) * m.k + 2 * (g & 1) + part * m.share * m.unit + (m.int4 ? 32 : 8) * t;
+  const float* x_sums = s.sums + min(t, columns - 1) * m.groups + part * m.share;
   const u32 nibbles = s.nibbles;
   // Before the meeting: nothing behind it should wait for what is known.
   u64* const to = outbox(number);
-  const u16* x = s.x + (g >> 1) * m.k + 2 * (g & 1) + part * m.share * m.unit + (m.int4 ? 32 : 8) * t;
   uint2 b[kept];
 #pragma unroll
   for (int i = 0; i < kept; ++i) b[i] = active && (!m.int4 || m.share == 1) ? pairs(x + (m.int4 ? 8 : 32) * i) : make_uint2(0, 0);
-#pragma unroll 1
-  for (int start = 0; start < tiles; start += at_once) {
-    float sums[at_once * halves];
-    const u8* slots[at_once * m.segments];
-    const long long before = TRACED ? clock64() : 0;
-    const int now = at_once == 1 ? m.segments : lesser(at_once, tiles - start);
-    place.wait(now);
-    if (TRACED && tid == 0) s.ring_waits += clock64() - before;
 #pragma unroll
-    for (int i = 0; i < at_once * m.segments; ++i) slots[i] = place.nth(i);
+  for (int start = 0; start < Mine::most; start += Mine::at_once) {
+    if (start > 0) {
+      if (start >= tiles) break;
+      mine.take(place, start, tiles);
+    }
+    float sums[Mine::n];
+#pragma unroll
+    for (int i = 0; i < Mine::n; ++i) sums[i] = 0.f;
     if constexpr (!m.int4) {
 #pragma unroll
-      for (int i = 0; i < at_once; ++i) {
-        // What lies in slots that are not there yet comes to nothing.
-        if (sets > 1 && (start + i) % sets != warp / m.parts) continue;
+      for (int i = 0; i < Mine::n; ++i) {
+        if (!Mine::mine(start + i)) continue;
         float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
         for (int j = 0; j < m.share; ++j) {
-          int step = part * m.share + j;
-          const u8* from = slots[i];
-#pragma unroll
-          for (int segment = 1; segment < m.segments; ++segment)
-            if (step >= segment * steps) from = slots[i + segment] - 64 * segment * steps;
-          const uint4 a = *(const uint4*)(from + g * m.pitch + t * 16 + step * 64);
+          const uint4& a = mine.values[i][j];
           multiply(c[j & 1], a.x, a.y, a.z, a.w, b[j].x, b[j].y);
         }
         sums[i] = c[0][0] + c[0][3] + (c[1][0] + c[1][3]);
       }
     } else {
-      const float* x_sums = s.sums + min(t, columns - 1) * m.groups + part * m.share;
-#pragma unroll
-      for (int i = 0; i < at_once * halves; ++i) sums[i] = 0.f;
 #pragma unroll
       for (int j = 0; j < m.share; ++j) {
-        const int group = part * m.share + j;
-        uint4 a[at_once * halves];
-        float scale[at_once * halves], zero[at_once * halves];
-#pragma unroll
-        for (int i = 0; i < at_once * halves; ++i) {
-          const int row = 8 * (i % halves) + g;
-          const u8 *slot = slots[i / halves], *tables = slot + ROW_ROOM, *from = slot + group * 64;
-#pragma unroll
-          for (int segment = 1; segment < m.segments; ++segment)
-            if (group >= segment * steps) from = slots[segment] + (group - segment * steps) * 64;
-          if (sets > 1 && (start + i / halves) % sets != warp / m.parts) continue;
-          a[i] = *(const uint4*)(from + row * m.pitch + t * 16);
-          scale[i] = half(((const u16*)tables)[row * m.groups + group]);
-          zero[i] = 128.f + (tables + 2 * m.rows * m.groups)[row * m.groups + group];
-        }
         const float x_sum = x_sums[j];
         if (m.share > 1)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             if (active) b[e] = pairs(x + j * GROUP + 8 * e);
 #pragma unroll
-        for (int i = 0; i < at_once * halves; ++i) {
-          if (sets > 1 && (start + i / halves) % sets != warp / m.parts) continue;
+        for (int i = 0; i < Mine::n; ++i) {
+          if (!Mine::mine(start + i / Mine::halves)) continue;
           float c[4] = {0.f, 0.f, 0.f, 0.f};
-          multiply_group(c, a[i], b, nibbles);
-          sums[i] += scale[i] * (c[0] + c[3] - zero[i] * x_sum);
+          multiply_group(c, mine.values[i][j], b, nibbles);
+          sums[i] += mine.scales[i][j] * (c[0] + c[3] - mine.zeros[i][j] * x_sum);
         }
       }
     }
-    place.release(now);
     if (t < columns) {
 #pragma unroll
-      for (int i = 0; i < at_once * halves; ++i) {
-        const int nth = start + i / halves;
-        if (at_once > 1 && i / halves >= now) continue;
-        if (sets == 1 || nth % sets == warp / m.parts)
-          red[(((nth * m.rows + 8 * (i % halves) + g) << columns_log) + t) * RED_PITCH + part] = sums[i];
+      for (int i = 0; i < Mine::n; ++i) {
+        const int nth = start + i / Mine::halves;
+        if (nth < tiles && Mine::mine(nth))
+          red[(((nth * m.rows + 8 * (i % Mine::halves) + g) << columns_log) + t) * RED_PITCH + part] = sums[i];
       }
     }
   }
@@ -527,9 +550,9 @@ __device__ __forceinline__ void put(int column, int at, uint2 four) {
   }
 }
 
-// Puts rows that arrive by mail (or, with number 0, the hidden states) into s.x, as the next product wants them.
+// Puts rows that arrive by mail (or, for the first product, the hidden states) into s.x, as a product wants them.
 template <int WHICH>
-__device__ __noinline__ void stage(int columns, u32 number) {
+__device__ __forceinline__ void stage_plain(int columns, u32 number) {
   constexpr Shape m = shape_of(WHICH);
   const Share<WHICH> share;
   constexpr int chunks = Share<WHICH>::CHUNKS;
@@ -543,15 +566,13 @@ __device__ __noinline__ void stage(int columns, u32 number) {
       const int at = column * m.k + share.begin + 128 * i;
       wanted[i] = share.has(i);
       from[i] = box(number, at);
-      if (number == 0 && wanted[i]) four[i] = load8(given.hidden + at);
+      if (WHICH == HEAD0 && wanted[i]) four[i] = load8(given.hidden + at);
     }
-    if (number != 0) receive<chunks>(four, from, wanted, number);
+    if (WHICH != HEAD0) receive<chunks>(four, from, wanted, number);
 #pragma unroll
     for (int i = 0; i < chunks; ++i)
       if (wanted[i]) put<WHICH>(column, share.begin + 128 * i, four[i]);
   }
-  __syncwarp();
-  mark(1);
 }
 
 // The talker's next input: the sum of a frame's embeddings and its text, each addition rounded where the model rounds.
@@ -579,7 +600,9 @@ enum { MAIL, CODES, FRAME };
 // of the whole frame; the first ``skipped`` rows are left out. What the norm divides by is left to the product: squares
 // go to s.squares, and the rows as they came to s.raw.
 template <int WHICH, int SOURCE>
-__device__ __noinline__ void stage_normed(int columns, int skipped, int turn, u32 number, int codebook, const u16* gain) {
+__device__ __forceinline__ void stage_normed(const Rows& rows, int turn, u32 number) {
+  const int columns = 1 << rows.columns_log, skipped = rows.skipped, codebook = rows.codebook;
+  const u16* gain = rows.gain;
   constexpr Shape m = shape_of(WHICH);
   const Share<WHICH> share;
   constexpr int chunks = Share<WHICH>::CHUNKS;
@@ -626,6 +649,17 @@ __device__ __noinline__ void stage_normed(int columns, int skipped, int turn, u3
     square = warp_sum(square);
     if (share.lane == 0) s.squares[turn][row][(threadIdx.x >> 5) % m.parts] = square;
   }
+}
+
+template <int WHICH>
+__device__ __forceinline__ void stage(const Rows& rows, int turn, u32 number) {
+  // They are the product's before.
+  if constexpr (WHICH == PROJECTION) return;
+  if constexpr (WHICH == OUT) stage_attended(number);
+  else if constexpr (WHICH == HEAD0 || WHICH == SMALL_OUT || WHICH == DOWN || WHICH == SMALL_DOWN) stage_plain<WHICH>(1 << rows.columns_log, number);
+  else if (WHICH == QKV && rows.from_codes) stage_normed<WHICH, FRAME>(rows, turn, number);
+  else if (WHICH == SMALL_QKV && rows.from_codes) stage_normed<WHICH, CODES>(rows, turn, number);
+  else stage_normed<WHICH, MAIL>(rows, turn, number);
   __syncwarp();
   mark(1);
 }
@@ -1098,23 +1132,16 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange) {
 #pragma unroll 1
     for (int layer = 0; layer < PL; ++layer) {
       const Gains<E> gains(given.small_gains, layer);
-      if (layer == 0)
-        stage_normed<SMALL_QKV, CODES>(columns, 0, place.turn, exchange, codebook, gains.attention);
-      else
-        stage_normed<SMALL_QKV, MAIL>(columns, 0, place.turn, exchange, 0, gains.attention);
-      place = product<SMALL_QKV>(place, log, ++exchange, ROUNDED, given.small_eps);
+      place = product<SMALL_QKV>(place, {log, 0, layer == 0, codebook, gains.attention}, ++exchange, ROUNDED, given.small_eps);
       ++exchange;
       if (blockIdx.x < SLOTS * PG) attend_small(columns, exchange, layer, both ? 0 : codebook);
       mark(6);
-      stage<SMALL_OUT>(columns, exchange);
-      place = product<SMALL_OUT>(place, log, ++exchange, ONTO_STREAM, 0.f);
-      stage_normed<SMALL_GATE_UP, MAIL>(columns, 0, place.turn, exchange, 0, gains.mlp);
-      place = product<SMALL_GATE_UP>(place, log, ++exchange, ROUNDED, given.small_eps);
-      stage<SMALL_DOWN>(columns, exchange);
-      place = product<SMALL_DOWN>(place, log, ++exchange, ONTO_STREAM, 0.f);
+      place = product<SMALL_OUT>(place, {log}, ++exchange, ONTO_STREAM, 0.f);
+      place = product<SMALL_GATE_UP>(place, {log, 0, false, 0, gains.mlp}, ++exchange, ROUNDED, given.small_eps);
+      place = product<SMALL_DOWN>(place, {log}, ++exchange, ONTO_STREAM, 0.f);
     }
-    stage_normed<HEAD, MAIL>(SLOTS, columns - SLOTS, place.turn, exchange, 0, Gains<E>(given.small_gains, PL).attention);
-    place = product<HEAD>(place, log2_of(SLOTS), ++exchange, ROUNDED, given.small_eps);
+    const u16* gain = Gains<E>(given.small_gains, PL).attention;
+    place = product<HEAD>(place, {log2_of(SLOTS), columns - SLOTS, false, 0, gain}, ++exchange, ROUNDED, given.small_eps);
     sample<W, false>(exchange, codebook);
   }
   return place;
@@ -1123,7 +1150,7 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange) {
 // ---- the talker ----
 
 // Joins the shares of all heads into s.x.
-__device__ __noinline__ void stage_attended(u32 number) {
+__device__ __forceinline__ void stage_attended(u32 number) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll 1
   for (int unit = warp; unit < SLOTS * H; unit += WARPS) {
@@ -1160,9 +1187,7 @@ __device__ __noinline__ void stage_attended(u32 number) {
     put<OUT>(slot, head * HD + 4 * lane, packed(o));
   }
   // Where a warp multiplies another's head.
-  if constexpr (Share<OUT>::HEADS) __syncwarp();
-  else workers_meet();
-  mark(1);
+  if constexpr (!Share<OUT>::HEADS) workers_meet();
 }
 
 __device__ __forceinline__ Place talk(Place place, u32& exchange) {
@@ -1172,20 +1197,13 @@ __device__ __forceinline__ Place talk(Place place, u32& exchange) {
 #pragma unroll 1
   for (int layer = 0; layer < L; ++layer) {
     const Gains<D> gains(given.gains, layer);
-    if (layer == 0)
-      stage_normed<QKV, FRAME>(SLOTS, 0, place.turn, exchange, 0, gains.attention);
-    else
-      stage_normed<QKV, MAIL>(SLOTS, 0, place.turn, exchange, 0, gains.attention);
-    place = product<QKV>(place, log, ++exchange, ROUNDED, given.eps);
+    place = product<QKV>(place, {log, 0, layer == 0, 0, gains.attention}, ++exchange, ROUNDED, given.eps);
     ++exchange;
     if (blockIdx.x < SLOTS * G * splits) attend(exchange, layer);
     mark(6);
-    stage_attended(exchange);
-    place = product<OUT>(place, log, ++exchange, ONTO_STREAM, 0.f);
-    stage_normed<GATE_UP, MAIL>(SLOTS, 0, place.turn, exchange, 0, gains.mlp);
-    place = product<GATE_UP>(place, log, ++exchange, ROUNDED, given.eps);
-    stage<DOWN>(SLOTS, exchange);
-    place = product<DOWN>(place, log, ++exchange, ONTO_STREAM, 0.f);
+    place = product<OUT>(place, {log}, ++exchange, ONTO_STREAM, 0.f);
+    place = product<GATE_UP>(place, {log, 0, false, 0, gains.mlp}, ++exchange, ROUNDED, given.eps);
+    place = product<DOWN>(place, {log}, ++exchange, ONTO_STREAM, 0.f);
   }
   return place;
 }
@@ -1258,11 +1276,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) frame(const __grid_cons
   mark(0);
   Place place;
   u32 exchange = *given.exchange;
-  stage<HEAD0>(SLOTS, 0);
-  place = product<HEAD0>(place, log2_of(SLOTS), ++exchange, ROUNDED, 0.f);
+  place = product<HEAD0>(place, {log2_of(SLOTS)}, ++exchange, ROUNDED, 0.f);
   const u32 logits = exchange;
   // Of the same rows.
-  if constexpr (PROJECTED) place = product<PROJECTION>(place, log2_of(SLOTS), ++exchange, WITH_BIAS, 0.f);
+  if constexpr (PROJECTED) place = product<PROJECTION>(place, {log2_of(SLOTS)}, ++exchange, WITH_BIAS, 0.f);
   sample<V, true>(logits, 0);
   place = predict(place, exchange);
   talk(place, exchange);
