@@ -483,6 +483,11 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
         yield f"{kind} roofline", lambda: {"frame_mb": weights().frame_bytes / 1e6}
         yield "int4/int8", lambda: {"not here": "kernels know BF16 and INT4; a model in INT8 speaks by plain PyTorch"}
         return
+    engine = Engine(tts)
+    for batch in batches:
+        yield f"{kind} engine b{batch}", partial(timed_frames, engine, batch, n_frames)
+    yield f"{kind} first audio", lambda: first_audio(engine)
+    yield f"{kind} first audio, parts", lambda: first_audio_parts(weights(), whole=True)
     for batch in batches[1:]:
         yield f"{kind} graph overlap b{batch}", partial(graph_times, batch, "graph overlap")
     yield f"{kind} prefill", lambda: prefill_times(weights())
@@ -493,22 +498,13 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
         yield f"{kind} gemlite", lambda: gemlite_times(weights(), graph_ms)
     yield f"{kind} kernels b1", lambda: kernel_times(weights(), 1)
     yield f"{kind} agreement", lambda: same_codes(tts, 24)
-    engine = Engine(tts)
-    for batch in batches:
-        yield f"{kind} engine b{batch}", partial(timed_frames, engine, batch, n_frames)
-    yield f"{kind} first audio", lambda: first_audio(engine)
-    yield f"{kind} first audio, parts", lambda: first_audio_parts(weights(), whole=True)
 
 
-def other(command: str, which: str, settings: Mapping[str, Any], codec: Mapping[str, Any], n_frames: int) -> Row:
-    """The figures of another engine, in a process of its own, on random weights in files (see others.py)."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_checkpoint(Path(folder) / "model", settings, codec)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        told = [str(Path(__file__).with_name("others.py")), str(model), which, "--device", device, "--frames"]
-        done = subprocess.run(
-            [*shlex.split(command), *told, str(n_frames)], capture_output=True, text=True, check=False
-        )
+def other(command: str, which: str, model: Path, n_frames: int) -> Row:
+    """The figures of another engine on the folder ``model``, in a process of its own (see others.py)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    told = [str(Path(__file__).with_name("others.py")), str(model), which, "--device", device, "--frames"]
+    done = subprocess.run([*shlex.split(command), *told, str(n_frames)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise QuaverError(f"{which} ended with {done.returncode}: {done.stderr[-2000:]}")
     row: Row = json.loads(done.stdout.splitlines()[-1])
@@ -538,13 +534,16 @@ def measure(
 
     if device == "cuda":
         note("copy_tb_s", copy_tb_s)
-    for which, command in others.items():
-        note(f"{which} b1", partial(other, command, which, settings, codec, n_frames))
+    with tempfile.TemporaryDirectory() as folder:
+        if others:
+            model = random_checkpoint(Path(folder) / "model", settings, codec)
+        for which, command in others.items():
+            note(f"{which} b1", partial(other, command, which, model, n_frames))
     with tempfile.TemporaryDirectory() as folder:
         made = random_checkpoint(Path(folder) / "shell", shell_settings(settings), codec)
         # As on a GPU; on a CPU a small model would become float32.
         shell = TTS.load(made, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
-    for kind in ("bf16", "int4", SMALLEST):
+    for kind in ("int4", "bf16", SMALLEST):
         tts = random_tts(shell, settings)
         if kind != "bf16":
             quantize_at_random(tts, tts.talker.model)
