@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from quaver.frame import FrameGraph
 
 
+_HEARD_FIRST = 4
+"""Frames of the first chunk of a stream, by default."""
+
+
 @dataclass(frozen=True, slots=True)
 class Knobs:
     """How to sample: codebook 0, the residual codebooks, and the most frames an utterance may take."""
@@ -171,8 +175,10 @@ class Graphed:
         """See Batch."""
         index = self._n_read
         self._n_read += 1
-        # The GPU works on the frame after the one that is waited for.
-        while len(self._asked) < min(index + 2, self._n_frames):
+        # The GPU works on the frame after the one that is waited for; not at first, where it would keep a listener
+        # waiting for sound.
+        ahead = 1 if index < _HEARD_FIRST else 2
+        while len(self._asked) < min(index + ahead, self._n_frames):
             self._ask()
         event = self._asked[index]
         if event is not None:

@@ -315,9 +315,7 @@ class Engine:
         """A stream at frame 0: an idle one, for what was recorded is its own, or a new one."""
         # Weights that are brought for each push would be held by the recording.
         recorded = self._records and not self.tts.placement.sound_on_host
-        stream = self._sounds.pop() if self._sounds else self.tts.decoder.stream(recorded=recorded)
-        stream.reset()
-        return stream
+        return self._sounds.pop() if self._sounds else self.tts.decoder.stream(recorded=recorded)
 
     def _sound(self, stream: CodecStream, frames: Sequence[Tensor]) -> NDArray[np.float32]:
         """The next samples: the one wait for the device in a chunk, which is at work on the frame after these."""
@@ -355,6 +353,8 @@ class Engine:
                 samples[:n_fade] *= ramp
             held = np.concatenate((held, samples))
         if self._records:
+            # Now, and not when the next listener waits.
+            stream.reset()
             self._sounds.append(stream)
         held[-n_fade:] *= ramp[::-1]
         yield Chunk(Audio(held, rate_hz), len(waiting), take.reason)

@@ -122,12 +122,12 @@ class Weights:
         for layer, own_keys, own_values in zip(self.talker, keys, values, strict=True):
             heads = Heads(layer.query_gain, layer.key_gain, eps, cos, sin)
             norm(x, layer.before_attention, eps, normed, overlap=on)
-            linear(normed, layer.qkv, qkv, tensor_cores=True, overlap=on)
+            linear(normed, layer.qkv, qkv, tensor_cores=True)
             attend_prompt(qkv, heads, own_keys, own_values, attended, overlap=on)
-            linear(attended, layer.o, x, residual=x, tensor_cores=True, overlap=on)
+            linear(attended, layer.o, x, residual=x, tensor_cores=True)
             norm(x, layer.before_mlp, eps, normed, overlap=on)
-            linear(normed, layer.gate_up, inner, gated=True, tensor_cores=True, overlap=on)
-            linear(inner, layer.down, x, residual=x, tensor_cores=True, overlap=on)
+            linear(normed, layer.gate_up, inner, gated=True, tensor_cores=True)
+            linear(inner, layer.down, x, residual=x, tensor_cores=True)
         last = self.tts.talker.model.norm
         norm(x, last.weight, last.eps, normed, overlap=on)
         return normed, keys, values

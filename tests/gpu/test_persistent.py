@@ -159,9 +159,8 @@ def far(tts, logits, codes, knobs, uniform):
 
 
 @pytest.mark.parametrize("n_slots", [1, 2] if ON_GPU else [2])
-def test_the_kernel_says_what_plain_pytorch_would(speaker, n_slots, compiler, tmp_path, monkeypatch):
+def test_the_kernel_says_what_plain_pytorch_would(speaker, n_slots, compiler, tmp_path):
     """Every code is where its uniform number falls, given what was said; so are stop and hidden state."""
-    monkeypatch.setattr(persistent, "MOST_SLOTS", 2)
     prompts, n_frames = prompts_of(speaker)[:n_slots], 16 if ON_GPU else 3
     graph = FrameGraph(Weights(speaker), n_slots, 256, 64, whole=False)
     step = stepping(graph, compiler, tmp_path)

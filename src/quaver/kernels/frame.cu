@@ -32,6 +32,8 @@ constexpr int greater(int a, int b) { return a > b ? a : b; }
 constexpr int lesser(int a, int b) { return a < b ? a : b; }
 constexpr int divided(int a, int b) { return (a + b - 1) / b; }
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+// ``n``, halved until it is at most ``most``.
+constexpr int halved(int n, int most) { return n > most ? halved(n / 2, most) : n; }
 // The largest power of two that divides ``n``, up to ``most``.
 constexpr int evenly(int n, int most) { return most > 1 && n % most ? evenly(n, most / 2) : most; }
 
@@ -356,35 +358,39 @@ __device__ __forceinline__ void multiply_group(float (&c)[4], const uint4& weigh
   }
 }
 
-// A lane's share of some tiles of a weight.
+// A lane's share of some tiles of a weight. Where fewer warps than there are share a row, sets of them take tiles in turn.
 template <int WHICH>
 struct Tiles {
   static constexpr Shape m = shape_of(WHICH);
-  // Tiles of one slot are taken several at once.
-  static constexpr int most = divided(m.tiles, GRID), rounds = divided(most, m.int4 ? 3 : 4);
-  static constexpr int at_once = m.segments == 1 ? divided(most, rounds) : 1, halves = m.rows / 8, n = at_once * halves;
-  static constexpr int sets = WARPS / m.parts, steps = m.k / m.unit / m.segments;
+  static constexpr int sets = m.segments == 1 ? halved(WARPS / m.parts, RING / 2) : 1, halves = m.rows / 8;
+  // Tiles of one slot are taken several at once, as many as registers and half of the ring hold.
+  static constexpr int most = divided(m.tiles, GRID), room = lesser(m.int4 ? 3 : 4, RING / 2 / sets);
+  static constexpr int own = m.segments == 1 ? divided(most, divided(most, sets * room) * sets) : 1;
+  static constexpr int at_once = own * sets, n = own * halves;
+  static_assert(m.segments <= RING, "a tile must fit into the ring");
   uint4 values[n][m.share];
   float scales[m.int4 ? n : 1][m.share], zeros[m.int4 ? n : 1][m.share];
 
-  // A warp's own: tiles are dealt to the sets of warps that share a row.
-  static __device__ __forceinline__ bool mine(int nth) { return sets == 1 || nth % sets == (threadIdx.x >> 5) / m.parts; }
+  static __device__ __forceinline__ int set() { return sets == 1 ? 0 : (threadIdx.x >> 5) / m.parts; }
+  // Whether this warp is of a set; nobody needs the others.
+  static __device__ __forceinline__ bool busy() { return WARPS == sets * m.parts || (threadIdx.x >> 5) < sets * m.parts; }
+  // The tile that the i-th eight rows are of, after those that were taken before.
+  static __device__ __forceinline__ int nth(int start, int i) { return start + i / halves * sets + set(); }
   // Those from the start-th on, of so many that there are, once they have come; their slots are free again.
   __device__ __forceinline__ void take(Place& place, int start, int tiles) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, part = (threadIdx.x >> 5) % m.parts;
-    const int now = at_once == 1 ? start < tiles ? m.segments : 0 : min(at_once, tiles - start);
+    const int now = m.segments > 1 ? start < tiles ? m.segments : 0 : min(at_once, tiles - start);
     const long long before = TRACED ? clock64() : 0;
     place.wait(now);
     if (TRACED && threadIdx.x == 0) s.ring_waits += clock64() - before;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       // What lies in slots that are not there yet comes to nothing.
-      if (!mine(start + i / halves)) continue;
       const int row = 8 * (i % halves) + g;
-      const u8 *slot = place.nth(i / halves), *tables = slot + ROW_ROOM;
+      const u8 *slot = place.nth(busy() ? nth(0, i) : 0), *tables = slot + ROW_ROOM;
 #pragma unroll
       for (int j = 0; j < m.share; ++j) {
-        const int step = part * m.share + j;
+        const int step = part * m.share + j, steps = m.k / m.unit / m.segments;
         const u8* from = slot;
 #pragma unroll
         for (int segment = 1; segment < m.segments; ++segment)
@@ -444,7 +450,6 @@ __device__ __noinline__ Place product(Place place, Rows rows, u32 number, int fi
     if constexpr (!m.int4) {
 #pragma unroll
       for (int i = 0; i < Mine::n; ++i) {
-        if (!Mine::mine(start + i)) continue;
         float c[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
         for (int j = 0; j < m.share; ++j) {
@@ -463,7 +468,6 @@ __device__ __noinline__ Place product(Place place, Rows rows, u32 number, int fi
             if (active) b[e] = pairs(x + j * GROUP + 8 * e);
 #pragma unroll
         for (int i = 0; i < Mine::n; ++i) {
-          if (!Mine::mine(start + i / Mine::halves)) continue;
           float c[4] = {0.f, 0.f, 0.f, 0.f};
           multiply_group(c, mine.values[i][j], b, nibbles);
           sums[i] += mine.scales[i][j] * (c[0] + c[3] - mine.zeros[i][j] * x_sum);
@@ -473,8 +477,8 @@ __device__ __noinline__ Place product(Place place, Rows rows, u32 number, int fi
     if (t < columns) {
 #pragma unroll
       for (int i = 0; i < Mine::n; ++i) {
-        const int nth = start + i / Mine::halves;
-        if (nth < tiles && Mine::mine(nth))
+        const int nth = Mine::nth(start, i);
+        if (nth < tiles && Mine::busy())
           red[(((nth * m.rows + 8 * (i % Mine::halves) + g) << columns_log) + t) * RED_PITCH + part] = sums[i];
       }
     }

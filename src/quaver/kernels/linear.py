@@ -21,8 +21,6 @@ _GROUP = tl.constexpr(GROUP)
 _LANES = tl.constexpr(GROUP // 8)
 _BLOCK_N = 16
 _LEAST_ROWS = 16
-_PROGRAMS = 128
-"""About as many as a large GPU has processors."""
 MANY_ROWS = 256
 """From so many rows on, a long prompt's, a weight is read and widened for 128 of them at a time."""
 _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
@@ -94,8 +92,8 @@ def linear(
     """Writes the product of the rows ``x`` [M, K] into ``y`` [M, N]; all are contiguous and of one dtype.
 
     ``gain`` [K] and ``eps``: the row is RMS-normed first. ``gated``: the matrix is gate above up, and y gets
-    SiLU(gate) * up. ``residual`` [M, N], which may be y, is added. ``overlap``: see ``overlapping``.
-    ``tensor_cores`` by default from two rows on.
+    SiLU(gate) * up. ``residual`` [M, N], which may be y, is added. ``overlap``: see ``overlapping``; of one row
+    alone, since more ask for nothing before they have their rows. ``tensor_cores`` by default from two rows on.
     """
     n_rows, n_in = x.shape
     n_out = y.shape[1]
@@ -111,10 +109,8 @@ def linear(
         "GATED": gated,
         "BIAS": matrix.bias is not None,
         "RESIDUAL": residual is not None,
-        "OVERLAP": overlap,
     }
     extra = x if residual is None else residual
-    launch = {"launch_pdl": True} if overlap else {}
     if not (n_rows > 1 if tensor_cores is None else tensor_cores):
         assert n_rows == 1
         # A program takes so many rows of the weight that several hundred programs read at once, each all it needs.
@@ -122,15 +118,17 @@ def linear(
         width = triton.next_power_of_2(n_in)
         n_values = block_n * width * (2 if gated else 1)
         n_warps = min(8, max(1, n_values // (4096 if lanes is not None else 2048)))
+        launch = {"launch_pdl": True} if overlap else {}
         _one_row[(triton.cdiv(n_out, block_n),)](
-            *operands, extra, y, n_out, eps, **flags, BLOCK_N=block_n, BLOCK_K=width, num_warps=n_warps, **launch
-        )
+            *operands, extra, y, n_out, eps, **flags, OVERLAP=overlap, BLOCK_N=block_n, BLOCK_K=width,
+            num_warps=n_warps, **launch,
+        )  # fmt: skip
     else:
         tiles = _Tiles.of(x, n_out, int4=lanes is not None, gated=gated)
         grid = (triton.cdiv(n_out, tiles.n), triton.cdiv(n_rows, tiles.m))
         _some_rows[grid](
             *operands, extra, y, n_rows, n_out, eps, **flags,
-            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, num_warps=tiles.n_warps, num_stages=3, **launch,
+            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, num_warps=tiles.n_warps, num_stages=3,
         )  # fmt: skip
 
 
@@ -159,11 +157,10 @@ class _Tiles:
         """Few rows: so many programs that all processors read. Many rows: as few readings of the weight as can be."""
         if len(x) >= MANY_ROWS and x.itemsize < 4 and _is_large(x.device):
             return cls(128, 64 if gated else 128, GROUP if int4 else 64, 8)
-        # Three tiles of the rows and the weight are in shared memory at a time, of which small GPUs have 99 KB.
         m = min(64 if x.itemsize < 4 else 32, max(_LEAST_ROWS, triton.next_power_of_2(len(x))))
-        # Each program reads all of its rows: where enough programs are left, each takes more outputs.
-        wide = m == 64 and n_out >= 2 * _BLOCK_N * _PROGRAMS
-        return cls(m, 2 * _BLOCK_N if wide else _BLOCK_N, 256 if m * x.itemsize <= 64 else GROUP, 4)
+        # Three tiles of the rows and the weight are in shared memory at a time, of which small GPUs have 99 KB.
+        fits = m * x.itemsize <= 64 or (x.itemsize < 4 and _is_large(x.device))
+        return cls(m, _BLOCK_N, 256 if fits else GROUP, 4)
 
 
 @cache
@@ -352,10 +349,8 @@ def _tile(weight, scales, zeros, rows, n_rows, start, K: tl.constexpr, INT4: tl.
 def _some_rows(
     x, gain, weight, scales, zeros, bias, residual, y, n_lines, n_out, eps,
     K: tl.constexpr, INT4: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    overlapping(OVERLAP)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     lines = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rstd = tl.full((BLOCK_M,), 1.0, tl.float32)

@@ -2,7 +2,7 @@
 
 It reads the same weights and keeps the same state as the kernels in Triton, so the two can take turns from frame to
 frame. NVRTC, which comes with PyTorch, compiles; the result is kept on disk. It needs compute capability 9.0 (bulk
-copies with barriers in shared memory), bfloat16, one slot, and shapes that keep every multiprocessor busy.
+copies with barriers in shared memory), bfloat16, one slot or two, and shapes that keep every multiprocessor busy.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from quaver.kernels.sampler import Slots
 
 MACHINE, FRAME = (Path(__file__).with_name(name) for name in ("ptx.cuh", "frame.cu"))
-MOST_SLOTS = 1
-"""Two were right on a GPU in an earlier form, but not timed."""
+MOST_SLOTS = 2
+"""More rows than two slots begin with are more than the tensor cores' columns."""
 MOST_KEPT = 64
 """The most ids that may be drawn from: more need a sort that this kernel has not."""
 _HEAD_DIM = 128
