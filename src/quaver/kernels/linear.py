@@ -21,6 +21,8 @@ _GROUP = tl.constexpr(GROUP)
 _LANES = tl.constexpr(GROUP // 8)
 _BLOCK_N = 16
 _LEAST_ROWS = 16
+_PROGRAMS = 128
+"""About as many as a large GPU has processors."""
 MANY_ROWS = 256
 """From so many rows on, a long prompt's, a weight is read and widened for 128 of them at a time."""
 _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
@@ -159,8 +161,11 @@ class _Tiles:
             return cls(128, 64 if gated else 128, GROUP if int4 else 64, 8)
         m = min(64 if x.itemsize < 4 else 32, max(_LEAST_ROWS, triton.next_power_of_2(len(x))))
         # Three tiles of the rows and the weight are in shared memory at a time, of which small GPUs have 99 KB.
-        fits = m * x.itemsize <= 64 or (x.itemsize < 4 and _is_large(x.device))
-        return cls(m, _BLOCK_N, 256 if fits else GROUP, 4)
+        if m * x.itemsize <= 64 or (int4 and x.itemsize < 4 and _is_large(x.device)):
+            return cls(m, _BLOCK_N, 256, 4)
+        # Each program reads all of its rows: where enough programs are left, each takes more outputs.
+        wide = m == 64 and n_out >= 2 * _BLOCK_N * _PROGRAMS
+        return cls(m, 2 * _BLOCK_N if wide else _BLOCK_N, GROUP, 4)
 
 
 @cache
