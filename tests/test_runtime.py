@@ -89,7 +89,7 @@ def test_the_published_1_7b_speaks_30_s_in_1_2_gb():
 
 
 def test_what_does_not_fit_is_refused_with_the_figures():
-    with pytest.raises(BudgetError, match=r"takes 1,0\d\d\.\d MB .* 900\.0 MB are allowed: the cache takes 5\d"):
+    with pytest.raises(BudgetError, match=r"takes 1,1\d\d\.\d MB .* 900\.0 MB are allowed: the cache takes 5\d"):
         runtime.fit(published("int4"), Request.seconds(30), "cuda", 900_000_000)
     with pytest.raises(BudgetError, match="2 utterances"):
         runtime.fit(published("int4"), Request(375, 64, 2), "cuda", 900_000_000)
@@ -213,6 +213,17 @@ def test_the_engine_is_usable_after_memory_ran_out(steady, monkeypatch, owner, n
     # Nothing of what was at work is held by the error.
     assert caught.value.__context__ is None
     assert (engine.say(HELLO, BRIEF).audio.samples == wanted).all()
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1 << 40])
+def test_a_model_that_is_too_large_to_load_is_told(steady, monkeypatch, memory_bytes):
+    def fails(*_, **__):
+        raise CUDA
+
+    monkeypatch.setattr(TTS, "load", fails)
+    with pytest.raises(BudgetError, match=r"was brought to cpu \(CUDA out of memory\. Tried .*smaller model") as caught:
+        Engine.load(steady, memory_bytes=memory_bytes)
+    assert caught.value.__context__ is None
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(steady, monkeypatch):

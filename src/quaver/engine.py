@@ -116,9 +116,27 @@ class Engine:
         """The model that ``source`` names (see TTS.load), ready to speak in ``memory_bytes`` of ``device``.
 
         Where that is not much, more of it waits on the host, as far as a sentence of ``room_s`` seconds needs it.
-        PyTorch is held to it in the whole process. Raises BudgetError, with the figures, where nothing fits.
+        PyTorch is held to it in the whole process. Raises BudgetError, with the figures, where nothing fits, and where
+        memory runs out on the way.
         """
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, codec=codec)
+        try:
+            return cls._loaded(checkpoint, torch.device(device), dtype, memory_bytes, room_s)
+        except (MemoryError, RuntimeError) as error:
+            short = meter.shortage(error)
+            if short is None:
+                raise
+        # Not while the error is at hand: it holds on to all that was brought.
+        raise BudgetError(
+            f"out of memory while {checkpoint.path.name} was brought to {device} ({short}): leave more of it on the "
+            "host (--memory), or take a smaller model (quaver quantize)"
+        )
+
+    @classmethod
+    def _loaded(
+        cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, memory_bytes: int | None,
+        room_s: float,
+    ) -> Engine:  # fmt: skip
         if memory_bytes is None:
             return cls(TTS.load(checkpoint, device=device, dtype=dtype))
         device = require_device(device)
