@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quaver.config import CodecConfig, CodecDecoderConfig, CodecEncoderConfig, read_codec_config
 from quaver.errors import CheckpointError
-from quaver.model.codec import CodecDecoder
+from quaver.model.codec import CodecDecoder, SnakeBeta
 from quaver.model.codec_encoder import Codec, CodecEncoder
 
 PUBLISHED = Path(__file__).parent / "oracle" / "published"
@@ -265,3 +265,22 @@ def test_a_configuration_that_contradicts_itself_is_refused(part: str | None, ch
     inner = {part: dataclasses.replace(getattr(CODEC, part), **changes)} if part else changes
     with pytest.raises(CheckpointError, match=said), torch.device("meta"):
         Codec(dataclasses.replace(CODEC, **inner))
+
+
+def test_what_a_snake_keeps_follows_its_weights():
+    snake, x = SnakeBeta(3).requires_grad_(False), torch.randn(1, 3, 5)
+
+    def expected():
+        return x + torch.sin(snake.alpha.exp()[:, None] * x) ** 2 / snake.beta.exp()[:, None]
+
+    with torch.inference_mode():
+        assert torch.allclose(snake(x), expected())
+    snake.load_state_dict({"alpha": torch.randn(3), "beta": torch.randn(3)})
+    assert torch.allclose(snake(x), expected())
+    snake.double()
+    x = x.double()
+    assert torch.allclose(snake(x), expected())
+    snake.requires_grad_(True)
+    snake(x).sum().backward()
+    assert snake.alpha.grad is not None
+    assert snake.beta.grad is not None
