@@ -1,8 +1,8 @@
 """A frame as one kernel that stays on the GPU (frame.cu): compiled for the model's shapes when it is first asked for.
 
 It reads the same weights and keeps the same state as the kernels in Triton, so the two can take turns from frame to
-frame. NVRTC, which comes with PyTorch, compiles; the result is kept on disk. It needs compute capability 9.0 (bulk
-copies with barriers in shared memory), bfloat16, one slot or two, and shapes that keep every multiprocessor busy.
+frame. NVRTC, which comes with PyTorch, compiles; the result is kept on disk. It needs compute capability 9.0 or 10
+(bulk copies, 227 KB of shared memory), bfloat16, one slot or two, and shapes that keep every multiprocessor busy.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ MOST_KEPT = 64
 _HEAD_DIM = 128
 _MOST_SPLITS = 16
 _SHARED_BYTES = 232_448
+_FITTING = ((9, 0), (10, 0), (10, 3))
+"""The compute capabilities with bulk copies and so much shared memory; of these 9.0 alone was at hand."""
 _MOST_MARKS = 4096
 _THREADS = 544
 _POINTERS = (
@@ -71,7 +73,9 @@ class Persistent:
         ``traced``: blocks leave their moments in ``trace``, which makes it a little slower.
         """
         device = hidden.device
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or _nvrtc() is None or _failures:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) not in _FITTING or _nvrtc() is None:
+            return None
+        if _failures:
             return None
         n_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         found = constants(weights, len(hidden), n_blocks)
