@@ -4,10 +4,11 @@
                           [--only WORD ...] [--official PYTHON] [--faster PYTHON]
 
 Random weights of the configured shapes (INT4: random integers), so nothing here says how it sounds. Rows: plain
-PyTorch, one kernel, and graphs with and without ``overlap``, each with a BF16 and an INT4 talker, and with talker and
-predictor in INT4. Beside the figures a plot of them is written, as SVG. ``--only`` takes the sections whose names have
-one of the words in them. The 0.6B is measured by its own CONFIG. Every row stands alone: one that fails is reported
-with its error, and the others are still measured. Where there is no CUDA device only plain PyTorch is timed.
+PyTorch, one kernel, and graphs with and without ``overlap``, each with a BF16 and an INT4 talker, and with an INT4
+talker and the predictor in INT8 (which the one kernel does not take) and INT4. Beside the figures a plot of them is
+written, as SVG. ``--only`` takes the sections whose names have one of the words in them. The 0.6B is measured by its
+own CONFIG. Every row stands alone: one that fails is reported with its error, and the others are still measured. Where
+there is no CUDA device only plain PyTorch is timed.
 ``--official`` and ``--faster`` are commands that start a Python with qwen-tts or with faster-qwen3-tts: the same shape
 spoken by them, in BF16, on the same machine in the same run.
 """
@@ -37,6 +38,7 @@ from quaver.config import FRAME_RATE_HZ, ModelConfig, parse
 from quaver.engine import Engine, Knobs
 from quaver.errors import QuaverError
 from quaver.int4 import GROUP, Int4Linear
+from quaver.int8 import Int8Linear
 from quaver.model.layers import GROUPS, Decoder
 from quaver.model.tts import TTS, Model, Prompt, Utterance
 from quaver.sampling import Sampling
@@ -50,8 +52,8 @@ if TYPE_CHECKING:
 SAMPLED = Knobs(Sampling(), Sampling(penalty=1.0), 2048)
 GREEDY = Knobs(Sampling(0.0, penalty=1.0), Sampling(0.0, penalty=1.0), 2048)
 N_PROMPT = 32
-SMALLEST = "int4/int4"
-"""The model of which the predictor is in 4 bits too."""
+SMALL_PREDICTORS = ("int4/int8", "int4/int4")
+"""The models of which the predictor is in fewer bits too."""
 Row = dict[str, Any]
 
 
@@ -106,6 +108,19 @@ def quantize_at_random(tts: TTS, decoder: Decoder) -> None:
                 made.scales = torch.full((n_in // GROUP, n_out), n_in**-0.5 / 4.6, dtype=torch.float16)
             made.prepare(tts.dtype)
             setattr(layer.get_submodule(parent), leaf, made)
+
+
+def round_at_random(part: nn.Module) -> None:
+    """Puts random 8-bit weights of the usual size in the place of the linears of ``part``, heads included."""
+    for name, linear in list(part.named_modules()):
+        if not isinstance(linear, nn.Linear) or linear.bias is not None:
+            continue
+        made = Int8Linear(linear.in_features, linear.out_features).to(linear.weight.device)
+        made.weight_int8.random_(-127, 128)
+        # 255 levels spread evenly have a deviation of 74 steps.
+        made.weight_scale.fill_(linear.in_features**-0.5 / 74)
+        parent, _, leaf = name.rpartition(".")
+        setattr(part.get_submodule(parent), leaf, made)
 
 
 def prompts(tts: TTS, n: int) -> list[Prompt]:
@@ -479,9 +494,8 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
     yield f"{kind} time line", lambda: time_line(weights())
     for way in ("graph", "graph overlap"):
         yield f"{kind} {way} b{batches[0]}", partial(graph_times, batches[0], way)
-    if kind == SMALLEST:
+    if kind in SMALL_PREDICTORS:
         yield f"{kind} roofline", lambda: {"frame_mb": weights().frame_bytes / 1e6}
-        yield "int4/int8", lambda: {"not here": "kernels know BF16 and INT4; a model in INT8 speaks by plain PyTorch"}
         return
     engine = Engine(tts)
     for batch in batches:
@@ -543,11 +557,13 @@ def measure(
         made = random_checkpoint(Path(folder) / "shell", shell_settings(settings), codec)
         # As on a GPU; on a CPU a small model would become float32.
         shell = TTS.load(made, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
-    for kind in ("int4", "bf16", SMALLEST):
+    for kind in ("int4", "bf16", *SMALL_PREDICTORS):
         tts = random_tts(shell, settings)
         if kind != "bf16":
             quantize_at_random(tts, tts.talker.model)
-        if kind == SMALLEST:
+        if kind == "int4/int8":
+            round_at_random(tts.talker.code_predictor)
+        if kind == "int4/int4":
             quantize_at_random(tts, tts.talker.code_predictor.model)
         for name, run in sections(tts, kind, batches, n_frames):
             note(name, run)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from quaver.config import CodecConfig, CodecDecoderConfig, CodecEncoderConfig, read_codec_config
 from quaver.errors import CheckpointError
-from quaver.model.codec import CodecDecoder, SnakeBeta
+from quaver.model.codec import CodecDecoder
 from quaver.model.codec_encoder import Codec, CodecEncoder
+from quaver.model.snake import SnakeBeta
 
 PUBLISHED = Path(__file__).parent / "oracle" / "published"
 WINDOW = 72

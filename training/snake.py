@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quaver.model.codec import CausalConv, CausalTransposedConv, CodecDecoder, ResidualUnit, SnakeBeta, UpsampleBlock
+from quaver.model.codec import CausalConv, CausalTransposedConv, CodecDecoder, ResidualUnit, UpsampleBlock
+from quaver.model.snake import SnakeBeta
 
 _TILE = 4096
 """Values a program has in hand at a time."""

@@ -24,7 +24,6 @@ from quaver.batch import Batch, Frame, Graphed, Knobs, Rows
 from quaver.checkpoint import Checkpoint
 from quaver.errors import BudgetError, RecipeError
 from quaver.guard import Guard
-from quaver.int8 import Int8Embedding, Int8Linear
 from quaver.meter import Clock
 from quaver.model.encoders import load_codec_encoder
 from quaver.model.speaker import SAMPLE_RATE_HZ
@@ -95,14 +94,9 @@ class Engine:
         self.tts = tts
         self._clock = clock
         self._sounds: list[CodecStream] = []
-        # Kernels know plain weights and INT4.
-        in_int8 = any(
-            isinstance(module, Int8Linear | Int8Embedding)
-            for name, module in tts.talker.named_modules()
-            if not name.startswith("model.text_embedding")
-        )
-        known = not in_int8 and not isinstance(tts.talker.model.layers, Visiting)
-        self._graphs = graphs and known and tts.device.type == "cuda" and find_spec("triton") is not None
+        # A graph knows where weights are.
+        stay = not isinstance(tts.talker.model.layers, Visiting)
+        self._graphs = graphs and stay and tts.device.type == "cuda" and find_spec("triton") is not None
         self._memory_bytes = memory_bytes
         self._weights: Weights | None = None
         self._idle: list[FrameGraph] = []

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from quaver.config import SUPPRESSED_IDS, DecoderConfig
 from quaver.int4 import Int4Linear
+from quaver.int8 import Int8Embedding, Int8Linear
 from quaver.kernels.attention import Heads, Splits, attend, attend_prompt
-from quaver.kernels.linear import Matrix, linear, norm
+from quaver.kernels.linear import Linear, Matrix, linear, norm
 from quaver.kernels.persistent import MOST_KEPT, Persistent
 from quaver.kernels.sampler import Slots, sample_first, sample_residual, seat, tune
 from quaver.model.layers import Decoder, DecoderLayer, KVCache, Rotary
@@ -62,6 +63,7 @@ class Layer:
 class Weights:
     """The weights of ``tts`` as the kernels read them. The modules go on with views of them: memory holds them once.
 
+    But embeddings in 8 bits, which the kernels read as those dequantize: the host holds these, and lends them.
     What the predictor reads of an embedding is its projection, so that is tabled: ``projected`` [Q - 1][V, E]. It takes
     a product and a launch off every code (and, for a talker of width 2,048, 65 MB). Those on the host are lent.
     """
@@ -80,9 +82,9 @@ class Weights:
             project = predictor.small_to_mtp_projection
             self.projection = None if isinstance(project, nn.Identity) else Matrix.of(_linear(project))
             self.tables = [
-                table.weight.detach()
+                lent(table.dequantize(), tts.device) if isinstance(table, Int8Embedding) else table.weight.detach()
                 for table in (talker.model.codec_embedding, *predictor.model.codec_embedding)
-                if isinstance(table, nn.Embedding)
+                if isinstance(table, nn.Embedding | Int8Embedding)
             ]
             # The last codebook's embedding goes to the talker alone.
             lends = tts.placement.tables_on_host and self.projection is not None
@@ -353,6 +355,6 @@ def _layers(decoder: Decoder) -> list[DecoderLayer]:
     return [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
 
 
-def _linear(module: nn.Module) -> nn.Linear | Int4Linear:
-    assert isinstance(module, nn.Linear | Int4Linear)
+def _linear(module: nn.Module) -> Linear:
+    assert isinstance(module, nn.Linear | Int4Linear | Int8Linear)
     return module

@@ -65,6 +65,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.bfloat16))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
+    def dequantize(self) -> Tensor:
+        """The weight [out, in], float32."""
+        return Int8Weight(self.weight_int8, self.weight_scale).dequantize()
+
     def forward(self, x: Tensor) -> Tensor:
         """The product [..., out] of ``x`` [..., in], in the dtype of ``x``."""
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.in_features % _STRIDE == 0:
@@ -96,9 +100,14 @@ class Int8Embedding(nn.Module):
         self.register_buffer("kept_ids", torch.zeros(n_rows, dtype=torch.int32) if pruned else None)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The rows [..., size] of ``ids`` [...]. Raises IndexError for an id without a row."""
-        rows = self._rows(ids)
-        return self.weight_int8[rows].to(self.dtype) * self.weight_scale[rows].to(self.dtype)[..., None]
+        """The rows [..., size] of ``ids`` [...], wherever these are. Raises IndexError for an id without a row."""
+        rows = self._rows(ids.to(self.weight_int8.device))
+        found = self.weight_int8[rows].to(self.dtype) * self.weight_scale[rows].to(self.dtype)[..., None]
+        return found.to(ids.device, non_blocking=True)
+
+    def dequantize(self) -> Tensor:
+        """All rows that are there [R, size], in ``dtype``."""
+        return Int8Weight(self.weight_int8, self.weight_scale).dequantize().to(self.dtype)
 
     def pruned(self, ids: Tensor) -> Tensor:
         """Those of ``ids`` [...] that have no row, [N]."""

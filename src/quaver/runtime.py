@@ -17,7 +17,7 @@ from quaver.checkpoint import Checkpoint, Spec
 from quaver.config import FRAME_RATE_HZ, CodecDecoderConfig, DecoderConfig, ModelConfig
 from quaver.errors import BudgetError
 from quaver.ledger import megabytes
-from quaver.model.homes import ENCODER, HELD, SPEAKER, TEXT_EMBEDDING, Placement, default_dtype, memory_bytes
+from quaver.model.homes import ENCODER, HELD, SPEAKER, TABLES, TEXT_EMBEDDING, Placement, default_dtype, memory_bytes
 from quaver.model.layers import cache_dtype
 from quaver.model.sparing import PART
 
@@ -139,6 +139,8 @@ def weigh(
         lent = placement.tables_on_host
         if projected:
             held.append(Line("projected embeddings", 0 if lent else projected, projected if lent else 0))
+        if widened := _widened_bytes(specs, computed):
+            held.append(Line("embeddings of 8 bits, widened", 0, widened))
         held.append(Line("room of the libraries", 2 * (meter.WORKSPACE_BYTES if limited else _WORKSPACE_BYTES)))
     moments = (
         Line(f"a prompt of {request.n_prompt} positions", _prompt_bytes(config, request, device, computed)),
@@ -237,6 +239,12 @@ def _projected_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
         return 0
     n_rows = talker.vocab_size + (talker.num_code_groups - 2) * predictor.vocab_size
     return n_rows * predictor.hidden_size * dtype.itemsize
+
+
+def _widened_bytes(specs: Mapping[str, Spec], dtype: torch.dtype) -> int:
+    """Embeddings of codes that are stored in 8 bits, as the kernels read them."""
+    n_values = sum(spec.n_elements for name, spec in specs.items() if TABLES in name and name.endswith("weight_int8"))
+    return n_values * dtype.itemsize
 
 
 def _stream_bytes(codec: CodecDecoderConfig) -> int:

@@ -15,14 +15,16 @@ import torch
 from torch.nn import functional as F
 
 import toy
-from quaver import int4
+from quaver import int4, mixed
 from quaver.batch import Graphed
 from quaver.checkpoint import Checkpoint
 from quaver.engine import Engine, Knobs
 from quaver.int4 import GROUP, Int4Weight, Lanes, representable
+from quaver.int8 import Int8Weight
 from quaver.model.layers import Rotary
 from quaver.model.tts import TTS, Utterance
 from quaver.provenance import Step
+from quaver.recipe import Recipe
 from quaver.sampling import ENDED, Sampling, distribution, draw, uniforms
 from quaver.voice import Voice
 
@@ -86,15 +88,22 @@ def test_a_product_of_that_layout_is_a_plain_product_part_by_part(dtype, monkeyp
 
 @pytest.mark.parametrize("tensor_cores", [None, True])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n_out", "n_in"), WIDTHS)
-def test_a_product_errs_at_most_twice_as_much_as_a_plain_one(n_out, n_in, dtype, int4, gated, tensor_cores):
+def test_a_product_errs_at_most_twice_as_much_as_a_plain_one(n_out, n_in, dtype, bits, gated, tensor_cores):
     weight = random_int4(n_out * (2 if gated else 1), n_in)
     exact = weight.dequantize()
+    if bits == 8:
+        in_rows = Int8Weight.nearest(exact)
+        exact = in_rows.dequantize()
     plain = exact.to(dtype).to(DEVICE)
-    lanes = Lanes(*(tensor.to(DEVICE) for tensor in Lanes.of(weight).held))
-    matrix = Matrix(None, lanes, None) if int4 else Matrix(plain, None, None)
+    if bits == 4:
+        matrix = Matrix(None, Lanes(*(tensor.to(DEVICE) for tensor in Lanes.of(weight).held)), None)
+    elif bits == 8:
+        matrix = Matrix(in_rows.values.to(DEVICE), None, None, in_rows.scales.to(DEVICE))
+    else:
+        matrix = Matrix(plain, None, None)
     for n_rows in ROWS if tensor_cores is None else [1]:
         x, gain, stream = (torch.randn(shape).to(dtype) for shape in ((n_rows, n_in), (n_in,), (n_rows, n_out)))
 
@@ -105,7 +114,7 @@ def test_a_product_errs_at_most_twice_as_much_as_a_plain_one(n_out, n_in, dtype,
                 y = F.silu(gate) * up
             return (y + stream.to(weight.device, kind)).cpu()
 
-        wanted = reference(torch.float64, exact if int4 else plain.double().cpu())
+        wanted = reference(torch.float64, exact if bits < 16 else plain.double().cpu())
         y = torch.full((n_rows, n_out), torch.nan, dtype=dtype, device=DEVICE)
         linear(
             x.to(DEVICE), matrix, y, gain=gain.to(DEVICE), eps=1e-6, gated=gated, residual=stream.to(DEVICE),
@@ -280,7 +289,7 @@ def test_a_slot_is_begun_anew_and_the_others_are_left_alone(seed):
 N_CODEBOOKS = 16 if ON_GPU else 4
 
 
-@pytest.fixture(scope="module", params=["same width", "projected", "int4"])
+@pytest.fixture(scope="module", params=["same width", "projected", "int4", "int8"])
 def speaker(request, tmp_path_factory):
     """A toy that never stops, in float32, loaded anew: its engine may change the layout of its weights."""
     folder = tmp_path_factory.mktemp("frames")
@@ -293,6 +302,10 @@ def speaker(request, tmp_path_factory):
     if request.param == "int4":
         checkpoint.save(folder / "steady")
         checkpoint = toy.rounded(folder / "steady", folder / "int4")
+    if request.param == "int8":
+        checkpoint.save(folder / "steady")
+        mixed.quantize(folder / "steady", folder / "int8", Recipe(talker="int8", predictor="int8"))
+        checkpoint = Checkpoint.open(folder / "int8")
     return TTS.load(checkpoint, device=DEVICE, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Products of a few rows and a weight of 4 or 16 bits, with what stands before and behind them in a decoder layer.
+"""Products of a few rows and a weight of 4, 8 or 16 bits, with what stands before and behind them in a decoder layer.
 
 Shapes: M rows, K inputs, N outputs. One row is multiplied and added, more go through the tensor cores; both sum in
 float32 in a fixed order. In front: the RMS norm of the row. Behind: the bias, SiLU(gate) * up, the residual stream.
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from quaver.int4 import GROUP, Int4Linear, Lanes
+from quaver.int8 import Int8Linear
 
 _GROUP = tl.constexpr(GROUP)
 _LANES = tl.constexpr(GROUP // 8)
@@ -28,19 +29,26 @@ MANY_ROWS = 256
 _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 
 
+Linear = nn.Linear | Int4Linear | Int8Linear
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """The weight of the linears that read one input, one below the other: ``dense`` [N, K], or ``lanes`` in 4 bits."""
+    """The weight of the linears that read one input, one below the other: ``dense`` [N, K], or ``lanes`` in 4 bits.
+
+    In 8 bits ``dense`` are whole numbers, which ``row_scales`` [N] float32 are times of.
+    """
 
     dense: Tensor | None
     lanes: Lanes | None
     bias: Tensor | None
+    row_scales: Tensor | None = None
 
     @classmethod
-    def of(cls, *linears: nn.Linear | Int4Linear) -> Matrix:
+    def of(cls, *linears: Linear) -> Matrix:
         """The fused weight of ``linears``, which keep views of it: it is in memory once.
 
-        In 4 bits where all of them are; where only some are, those are multiplied as they dequantize.
+        In 4 or 8 bits where all of them are; where only some are, those are multiplied as they dequantize.
         """
         biases = [linear.bias for linear in linears if linear.bias is not None]
         bias = torch.cat([value.detach() for value in biases]) if biases else None
@@ -53,9 +61,15 @@ class Matrix:
                 assert isinstance(linear, Int4Linear)
                 linear.hold(lanes.rows(start, end))
             return cls(None, lanes, bias)
+        int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
+        if len(int8) == len(linears):
+            values = torch.cat([linear.weight_int8 for linear in int8])
+            for linear, (start, end) in zip(int8, (span for _, span in spans), strict=True):
+                linear.weight_int8 = values[start:end]
+            return cls(values, None, bias, torch.cat([linear.weight_scale for linear in int8]).float())
         dtype = next(linear.weight.dtype for linear in linears if isinstance(linear, nn.Linear))
         parts = [
-            linear.dequantize().to(dtype) if isinstance(linear, Int4Linear) else linear.weight.detach()
+            linear.weight.detach() if isinstance(linear, nn.Linear) else linear.dequantize().to(dtype)
             for linear in linears
         ]
         dense = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
@@ -67,7 +81,7 @@ class Matrix:
     @property
     def n_bytes(self) -> int:
         """What one product reads of it."""
-        held = (self.dense,) if self.lanes is None else self.lanes.held
+        held = (self.dense, self.row_scales) if self.lanes is None else self.lanes.held
         return sum(tensor.nbytes for tensor in (*held, self.bias) if tensor is not None)
 
     @property
@@ -102,11 +116,13 @@ def linear(
     assert matrix.shape == (n_out * (2 if gated else 1), n_in) and y.shape[0] == n_rows
     assert x.is_contiguous() and y.is_contiguous()
     lanes, dense = matrix.lanes, matrix.dense
-    weight, scales, zeros = (lanes.packed, lanes.scales, lanes.zeros) if lanes is not None else (dense, x, x)
+    in_rows = x if matrix.row_scales is None else matrix.row_scales
+    weight, scales, zeros = (lanes.packed, lanes.scales, lanes.zeros) if lanes is not None else (dense, in_rows, x)
     operands = (x, x if gain is None else gain, weight, scales, zeros, x if matrix.bias is None else matrix.bias)
     flags = {
         "K": n_in,
         "INT4": lanes is not None,
+        "INT8": matrix.row_scales is not None,
         "NORM": gain is not None,
         "GATED": gated,
         "BIAS": matrix.bias is not None,
@@ -256,6 +272,12 @@ def _dense(weight, rows, n_rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _row_scales(scales, rows, n_rows, INT8: tl.constexpr):
+    """What the sums of ``rows`` are times of: their scales in 8 bits, else 1."""
+    return tl.load(scales + rows, mask=rows < n_rows, other=0.0) if INT8 else tl.full(rows.shape, 1.0, tl.float32)
+
+
+@triton.jit
 def _times_int4(x, gain, rstd, words, scales, zeros, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr):
     """The products [rows] of the row ``x`` and the words [rows, groups, 16]."""
     group = tl.arange(0, BLOCK_K // _GROUP)
@@ -272,8 +294,8 @@ def _times_int4(x, gain, rstd, words, scales, zeros, K: tl.constexpr, NORM: tl.c
 @triton.jit
 def _one_row(
     x, gain, weight, scales, zeros, bias, residual, y, n_out, eps,
-    K: tl.constexpr, INT4: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, INT4: tl.constexpr, INT8: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n_out
@@ -287,8 +309,10 @@ def _one_row(
             up_z = _per_group(zeros, rows + n_out, 2 * n_out, K, BLOCK_K)
     else:
         tile = _dense(weight, rows, n_out, K, BLOCK_K)
+        s = _row_scales(scales, rows, n_out, INT8)
         if GATED:
             up_tile = _dense(weight, rows + n_out, 2 * n_out, K, BLOCK_K)
+            up_s = _row_scales(scales, rows + n_out, 2 * n_out, INT8)
     overlapping(OVERLAP)
     cols = tl.arange(0, BLOCK_K)
     value = tl.load(x + cols, mask=cols < K, other=0.0)
@@ -303,9 +327,9 @@ def _one_row(
             up = _times_int4(x, gain, rstd, up_tile, up_s, up_z, K, NORM, BLOCK_K)
     else:
         value = _normed(value, by, rstd, NORM)
-        out = tl.sum(tile.to(tl.float32) * value[None, :], 1)
+        out = tl.sum(tile.to(tl.float32) * value[None, :], 1) * s
         if GATED:
-            up = tl.sum(up_tile.to(tl.float32) * value[None, :], 1)
+            up = tl.sum(up_tile.to(tl.float32) * value[None, :], 1) * up_s
     if GATED:
         out = out * tl.sigmoid(out) * up
     if BIAS:
@@ -353,8 +377,8 @@ def _tile(weight, scales, zeros, rows, n_rows, start, K: tl.constexpr, INT4: tl.
 @triton.jit(do_not_specialize=["n_lines"])
 def _some_rows(
     x, gain, weight, scales, zeros, bias, residual, y, n_lines, n_out, eps,
-    K: tl.constexpr, INT4: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, INT4: tl.constexpr, INT8: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     lines = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -396,7 +420,9 @@ def _some_rows(
             tile = _tile(weight, up_s, up_z, rows + n_out, n_all, start, K, INT4, BLOCK_K)
             up = tl.dot(value, tl.trans(tile.to(x.dtype.element_ty)), up, input_precision="ieee")
             up_s, up_z = next_s, next_z
+    out *= _row_scales(scales, rows, n_all, INT8)[None, :]
     if GATED:
+        up *= _row_scales(scales, rows + n_out, n_all, INT8)[None, :]
         out = out * tl.sigmoid(out) * up
     inside = (lines[:, None] < n_lines) & (rows[None, :] < n_out)
     if BIAS:

@@ -117,6 +117,17 @@ def _matrices(layer: Layer) -> tuple[Matrix, ...]:
     return layer.qkv, layer.o, layer.gate_up, layer.down
 
 
+def _stream(weights: Weights) -> list[Matrix]:
+    """All weights of a frame in the order in which it reads them, the predictor's layers once."""
+    return [
+        weights.codec_head,
+        *([] if weights.projection is None else [weights.projection]),
+        *(matrix for layer in weights.predictor for matrix in _matrices(layer)),
+        *weights.heads,
+        *(matrix for layer in weights.talker for matrix in _matrices(layer)),
+    ]
+
+
 def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | bool] | None:
     """The constants of frame.cu for a model and ``n_blocks`` multiprocessors; None where it does not fit them."""
     config = weights.tts.config.talker_config
@@ -128,6 +139,7 @@ def constants(weights: Weights, n_slots: int, n_blocks: int) -> dict[str, int | 
     widths = (config.hidden_size, small.hidden_size)
     if (
         n_slots > MOST_SLOTS
+        or any(m.row_scales is not None for m in _stream(weights))
         or any(len(kind) > 1 for kind in kinds)
         or any(of.head_dim != _HEAD_DIM or of.intermediate_size % _HEAD_DIM for of in (config, small))
         or any(not n_blocks * 4 <= width <= 2048 for width in widths)
@@ -184,15 +196,9 @@ def bound(
         "eps": config.rms_norm_eps, "small_eps": small.rms_norm_eps, "stop_id": config.codec_eos_token_id,
         "n_banned": SUPPRESSED_IDS, "capacity": talker.keys.shape[3], "n_lines": slots.texts.shape[1],
     }  # fmt: skip
-    stream = [
-        weights.codec_head,
-        *([] if projection is None else [projection]),
-        *(matrix for layer in weights.predictor for matrix in _matrices(layer)),
-        *weights.heads,
-        *(matrix for layer in weights.talker for matrix in _matrices(layer)),
-    ]
     held = [
-        (m.dense, None, None) if m.lanes is None else (m.lanes.packed, m.lanes.scales, m.lanes.zeros) for m in stream
+        (m.dense, None, None) if m.lanes is None else (m.lanes.packed, m.lanes.scales, m.lanes.zeros)
+        for m in _stream(weights)
     ]
     return tensors, numbers, [list(weights.tables), list(weights.projected), [t for each in held for t in each]]
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from quaver.config import CodecDecoderConfig
 from quaver.errors import CheckpointError
 from quaver.model.layers import RMSNorm, Rotary
+from quaver.model.snake import SnakeBeta
 from quaver.model.sparing import Linear, apart, lent, parts
 from quaver.recorded import Recorded, loose
 
@@ -120,40 +121,6 @@ class CausalTransposedConv(nn.Module):
         taps = [spread[:, self.context - j :, :, j][:, :n] for j in range(self.context + 1)]
         y: Tensor = reduce(torch.add, taps) + bias.to(spread.dtype)[:, None]
         return y.transpose(1, 2).flatten(2)
-
-
-class SnakeBeta(nn.Module):
-    """x + sin²(e^alpha x) / e^beta, one alpha and beta a channel (Ziyin et al. 2020; Lee et al. 2022)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-        self._kept: tuple[object, tuple[Tensor, Tensor]] = (None, (self.alpha, self.beta))
-
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        frequency, height = self._waves()
-        wave = torch.sin(x * frequency)
-        return torch.addcmul(x, wave * wave, height)
-
-    def _waves(self) -> tuple[Tensor, Tensor]:
-        """Frequency and height [C, 1]: kept where nobody trains them, since a push is hundreds of such small steps."""
-        if self.alpha.requires_grad or self.beta.requires_grad:
-            return self._worked_out()
-        state = tuple((one.data_ptr(), one.dtype, one.device, _version(one)) for one in (self.alpha, self.beta))
-        if self._kept[0] != state:
-            # What is kept outlives whatever mode this is called in.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (state, self._worked_out())
-        return self._kept[1]
-
-    def _worked_out(self) -> tuple[Tensor, Tensor]:
-        return self.alpha.exp()[:, None], 1.0 / (self.beta.exp() + 1e-9)[:, None]
-
-
-def _version(tensor: Tensor) -> int:
-    """How often ``tensor`` was written to, as far as that is counted."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class LayerScale(nn.Module):
