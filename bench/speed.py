@@ -388,7 +388,7 @@ def prefill_times(weights: Weights) -> list[Row]:
     return found
 
 
-def first_audio_parts(weights: Weights, *, whole: bool) -> Row:
+def first_audio_parts(weights: Weights) -> Row:
     """Medians of the parts of first audio, in milliseconds, each waited for: together they are more than the whole.
 
     ``host`` is what ``join`` takes until it returns, before the device has done it.
@@ -396,7 +396,7 @@ def first_audio_parts(weights: Weights, *, whole: bool) -> Row:
     from quaver.frame import FrameGraph
 
     tts = weights.tts
-    frame = FrameGraph(weights, 1, 2048, 64, whole=whole)
+    frame = FrameGraph(weights, 1, 2048, 64, whole=True)
     stream = tts.decoder.stream(recorded=True)
     utterance = _utterance(tts, 0)
     parts: dict[str, list[float]] = {}
@@ -430,11 +430,11 @@ def first_audio_parts(weights: Weights, *, whole: bool) -> Row:
     return {"positions": len(prompt.embeds), **{name: statistics.median(ms[3:]) for name, ms in parts.items()}}
 
 
-def growth(weights: Weights, *, whole: bool) -> Row:
+def growth(weights: Weights) -> Row:
     """Milliseconds of a frame on the device, by how many seconds have been said before it."""
     from quaver.frame import FrameGraph
 
-    frame = FrameGraph(weights, 1, 4096, 64, whole=whole)
+    frame = FrameGraph(weights, 1, 4096, 64, whole=True)
     found: Row = {}
     frame.join(0, prompts(weights.tts, 1)[0], 0, SAMPLED.sampling, SAMPLED.residual)
     for seconds in LENGTHS_S:
@@ -501,11 +501,11 @@ def sections(tts: TTS, kind: str, batches: list[int], n_frames: int) -> Iterator
     for batch in batches:
         yield f"{kind} engine b{batch}", partial(timed_frames, engine, batch, n_frames)
     yield f"{kind} first audio", lambda: first_audio(engine)
-    yield f"{kind} first audio, parts", lambda: first_audio_parts(weights(), whole=True)
+    yield f"{kind} first audio, parts", lambda: first_audio_parts(weights())
     for batch in batches[1:]:
         yield f"{kind} graph overlap b{batch}", partial(graph_times, batch, "graph overlap")
     yield f"{kind} prefill", lambda: prefill_times(weights())
-    yield f"{kind} growth", lambda: growth(weights(), whole=True)
+    yield f"{kind} growth", lambda: growth(weights())
     yield f"{kind} roofline", lambda: {"frame_mb": weights().frame_bytes / 1e6}
     yield f"{kind} products", lambda: product_times(weights())
     if kind == "int4":

@@ -42,17 +42,15 @@ def test_visiting_layers_speak_the_same_codes(deep, dtype, device):
     # What a calibration speaks is PyTorch's, so that it does not depend on what else is installed.
     assert stays.talker.model.stepper is None and stays.talker.code_predictor.model.stepper is None
     said, again = (corpus.speak(tts, ASKED) for tts in (stays, visits))
-    # A GPU records the steps of layers that visit, which add up in another order (see test_steps): in 16 bits codes
-    # part there at near ties.
-    exact = device == "cpu" or stays.dtype == torch.float32
-    if exact:
+    # On a GPU what stays may speak by kernels of its own, and in 16 bits codes part there at near ties; tests/gpu has
+    # both in plain PyTorch.
+    if device == "cpu" or stays.dtype == torch.float32:
         for one, two in zip(said, again, strict=True):
             assert torch.equal(one.codes, two.codes)
     prompts = [stays.prompt(one) for one in ASKED]
     for codes in ([item.codes for item in of] for of in (said, again)):
         for one, two in zip(stays.force(prompts, codes), visits.force(prompts, codes), strict=True):
-            wrong = (one.hidden - two.hidden).float().norm() / one.hidden.float().norm()
-            assert wrong <= (0 if exact else 0.05)
+            assert torch.equal(one.hidden, two.hidden)
 
 
 def test_shards_and_layers_of_differing_types_visit_too(deep, tmp_path):

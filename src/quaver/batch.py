@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from quaver.frame import FrameGraph
 
 
-_HEARD_FIRST = 4
-"""Frames of the first chunk of a stream, by default."""
+CHUNK_FRAMES = 4
+"""Frames of a chunk of a stream, by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class Graphed:
         self._n_read += 1
         # The GPU works on the frame after the one that is waited for; not at first, where it would keep a listener
         # waiting for sound.
-        ahead = 1 if index < _HEARD_FIRST else 2
+        ahead = 1 if index < CHUNK_FRAMES else 2
         while len(self._asked) < min(index + ahead, self._n_frames):
             self._ask()
         event = self._asked[index]

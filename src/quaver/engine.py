@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quaver import meter, recorded, runtime
 from quaver.audio import Audio
-from quaver.batch import Batch, Frame, Graphed, Knobs, Rows
+from quaver.batch import CHUNK_FRAMES, Batch, Frame, Graphed, Knobs, Rows
 from quaver.checkpoint import Checkpoint
 from quaver.errors import BudgetError, RecipeError
 from quaver.guard import Guard
@@ -282,7 +282,7 @@ class Engine:
         utterance: Utterance,
         knobs: Knobs | None = None,
         *,
-        chunk_frames: int = 4,
+        chunk_frames: int = CHUNK_FRAMES,
         guard: Guard | None = GUARD,
         settled: bool = False,
     ) -> Iterator[Chunk]:

@@ -13,7 +13,7 @@ class SnakeBeta(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
-        self._kept: tuple[object, tuple[Tensor, Tensor]] = (None, (self.alpha, self.beta))
+        self._kept: tuple[object, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, memory: object = None) -> Tensor:
         """The wave of ``x`` [B, C, L], each step by itself: nothing is remembered."""
@@ -26,7 +26,7 @@ class SnakeBeta(nn.Module):
         if self.alpha.requires_grad or self.beta.requires_grad:
             return self._worked_out()
         state = tuple((one.data_ptr(), one.dtype, one.device, _version(one)) for one in (self.alpha, self.beta))
-        if self._kept[0] != state:
+        if self._kept is None or self._kept[0] != state:
             # What is kept outlives whatever mode this is called in.
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = (state, self._worked_out())
