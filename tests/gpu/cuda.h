@@ -28,6 +28,7 @@ struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // ---- threads ----
@@ -75,6 +76,8 @@ inline void meet(Sync& sync, u64& met, int n) {
   ++sync.arrived, ++n_passed;
   while (sync.arrived < goal) give_way();
 }
+inline int thread() { return current->index; }
+inline void count(u32* shared) { ++*shared; }
 inline Warp& warp_of() { return blocks[current->block].warps[current->index / 32]; }
 inline void barrier(int id, int n) { meet(blocks[current->block].barriers[id], current->met_barrier[id], n); }
 inline void __syncthreads() { barrier(0, THREADS); }
@@ -124,6 +127,12 @@ inline u32 __reduce_add_sync(u32 mask, u32 x) {
 inline float __uint_as_float(u32 x) { float y; memcpy(&y, &x, 4); return y; }
 inline u32 __float_as_uint(float x) { u32 y; memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { return __uint_as_float((u32)x); }
+inline u32 __byte_perm(u32 x, u32 y, u32 which) {
+  const u64 all = (u64)y << 32 | x;
+  u32 r = 0;
+  for (int i = 0; i < 4; ++i) r |= (u32)(all >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return r;
+}
 inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -153,6 +162,20 @@ inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     for (int k = 0; k < 16; ++k) {
       const u32 x = all[4 * g + k % 8 / 2][row + k / 8 * 2], y = all[4 * column + k % 8 / 2][4 + k / 8];
       c[out] += __uint_as_float(k & 1 ? x & 0xffff0000u : x << 16) * __uint_as_float(k & 1 ? y & 0xffff0000u : y << 16);
+    }
+  }
+}
+inline void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const int lane = current->index % 32, g = lane / 4, t = lane % 4;
+  auto& all = warp_of().fragments[current->met_all + 1 & 1];
+  const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(all[lane], mine, sizeof mine);
+  meet_warp();
+  for (int out = 0; out < 4; ++out) {
+    const int row = out / 2, column = 2 * t + out % 2;
+    for (int k = 0; k < 32; ++k) {
+      const u32 x = all[4 * g + k % 16 / 4][row + k / 16 * 2], y = all[4 * column + k % 16 / 4][4 + k / 16];
+      c[out] += (int)(x >> k % 4 * 8 & 0xff) * (signed char)(y >> k % 4 * 8);
     }
   }
 }

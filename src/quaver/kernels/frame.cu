@@ -11,7 +11,8 @@
 // Weights are the rows of the tensor cores' m16n8k16. A lane reads sixteen bytes of one row as they lie in memory, and hands
 // them over as two rows of which the second has every other pair: a column holds the activations that belong to the one or to
 // the other, and the row's product is the sum of two of the four outcomes. So one instruction takes all sixteen bytes, and
-// nothing is moved. Up to four rows of activations cost as much as one.
+// nothing is moved. Up to four rows of activations cost as much as one. In 4 bits it is the same with m16n8k32 and bytes:
+// weights are their 4 bits, activations become sixteen bits of which the lower and the upper byte have a column each.
 //
 // Constants that persistent.py puts above: GRID blocks of THREADS; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
 // heads, layers of the talker; E, J, PH, PG, PL of the predictor; V, W ids of the first and of the other codebooks;
@@ -24,9 +25,9 @@ constexpr int PAD = 64;  // between a tile's rows in shared memory, so that two 
 constexpr int MIN_FRAMES = 2, ENDED = -1;
 constexpr u32 MOST_TRIES = 1u << 24;
 constexpr int COLS = 2 * SLOTS;
-constexpr int MOST_KEPT = 64;
+constexpr int MOST_KEPT = 64, MOST_CANDIDATES = 128, BINS = 512;
 constexpr int ON_THEIR_WAY = 3;  // slots: more of them only stand in the way of what blocks hand each other
-constexpr int SHARE = 128;  // positions of a cache that are worth a block of their own
+constexpr int SHARE = 64;  // positions of a cache that are worth a block of their own
 
 constexpr int greater(int a, int b) { return a > b ? a : b; }
 constexpr int lesser(int a, int b) { return a < b ? a : b; }
@@ -105,9 +106,10 @@ constexpr bool all_take_part() {
   return true;
 }
 static_assert(all_fit(), "rows must split evenly");
+static_assert(Q % 4 == 0 && Q <= WARPS, "a warp takes a position");
 static_assert(SLOTS == 1 || SLOTS == 2, "two columns a row, of eight, and two rows a slot");
 static_assert(all_take_part(), "too few rows for so many blocks");
-static_assert(SLOTS * PG <= GRID, "a block takes a head");
+static_assert(SLOTS * PH <= GRID, "a block takes a head");
 
 constexpr int TABLE_ROOM = divided(most_tables(), 128) * 128;
 constexpr int ROW_ROOM = SLOT_BYTES + 16 * PAD;
@@ -116,8 +118,7 @@ constexpr int WIDEST = greater(greater(greater(D, I), H * HD) * SLOTS, greater(g
 constexpr int WIDE_D = greater(D * SLOTS, E * COLS);
 constexpr int RED_PITCH = 20;  // floats between sums of a warp each: eight rows meet eight banks
 constexpr int HEAD_PITCH = HD + 4;
-constexpr int ATTENDED = (WARPS + 1) * (H / G) * HEAD_PITCH + 2 * HEAD_PITCH + 2 * WARPS * (H / G);
-constexpr int SMALL_REPEATS = PH / PG;
+constexpr int ATTENDED = (WARPS + 3) * HEAD_PITCH + 2 * WARPS;
 
 struct Weight { const u8* values; const u8* scales; const u8* zeros; };
 constexpr int WEIGHTS = 1 + PROJECTED + 4 * PL + (Q - 1) + 4 * L;
@@ -161,13 +162,16 @@ struct Shared {
     alignas(16) float attended[ATTENDED];  // between two products
   };
   alignas(16) u16 raw[2][WIDE_D];     // the residual stream as it came into attention, and into the MLP
-  alignas(16) float fresh[SMALL_REPEATS + 1][HD];   // of the predictor's attention: queries, the new key
-  alignas(16) float scores[SMALL_REPEATS][Q];
-  alignas(16) u16 past_values[Q][HD];
+  alignas(16) float fresh[2][HD];   // of the predictor's attention: the query, the new key
+  alignas(16) float scores[Q];
+  alignas(16) u16 past_values[Q][HD];  // numbers from the start
   float squares[2][COLS][WARPS];
-  float sums[WIDEST / GROUP];
-  float score[MOST_KEPT], sorted[MOST_KEPT];
-  int ids[MOST_KEPT], sorted_ids[MOST_KEPT];
+  alignas(8) float2 scales[WIDEST / GROUP];
+  u64 kept[MOST_CANDIDATES];
+  float sorted[MOST_KEPT];
+  int sorted_ids[MOST_KEPT];
+  uint4 cut;  // how far below the highest the last bin begins, how many are above and in it, whether there is one
+  alignas(16) u32 bins[BINS / 16 * 20];  // sixteen and a gap, so that lanes meet different banks
   int counts[4][WARPS];
   int code[SLOTS][Q];
   int frame[SLOTS], alive[SLOTS], prompt[SLOTS];
@@ -196,6 +200,10 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ void unpack(uint2 four, float (&x)[4]) {
   x[0] = bf_low(four.x), x[1] = bf_high(four.x), x[2] = bf_low(four.y), x[3] = bf_high(four.y);
 }
+__device__ __forceinline__ void read4(const float* from, float (&x)[4]) {
+  const float4 four = *(const float4*)from;
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
 __device__ __forceinline__ uint2 packed(const float (&x)[4]) { return make_uint2(two_bf(x[0], x[1]), two_bf(x[2], x[3])); }
 __device__ __forceinline__ float dot(const float (&p)[4], const float (&q)[4]) {
   return p[0] * q[0] + p[1] * q[1] + p[2] * q[2] + p[3] * q[3];
@@ -223,6 +231,7 @@ __device__ __forceinline__ void wait_for(u64* gate, u32 parity) {
 }
 
 struct Place {
+  int tid;  // asked of the machine once: it takes its time to tell
   int slot = 0, base = 0, turn = 0;  // turn: which of the two sets of sums is next
   u32 parity = 0;
   // At most as many as the ring has.
@@ -232,7 +241,7 @@ struct Place {
   }
   // Waits until the next n slots are filled: a lane each.
   __device__ __forceinline__ void wait(int n) const {
-    const int lane = threadIdx.x & 31, at = slot + lane, wrapped = at >= RING;
+    const int lane = tid & 31, at = slot + lane, wrapped = at >= RING;
     if (lane < n) wait_for(&s.full[wrapped ? at - RING : at], parity ^ wrapped);
     __syncwarp();
   }
@@ -242,7 +251,7 @@ struct Place {
   }
   // A warp is done with the next n.
   __device__ __forceinline__ void release(int n) {
-    const int lane = threadIdx.x & 31, at = slot + lane;
+    const int lane = tid & 31, at = slot + lane;
     __syncwarp();
     if (lane < n) arrive(&s.empty[at >= RING ? at - RING : at]);
     skip(n);
@@ -253,14 +262,15 @@ struct Place {
     return first < 0 ? first + GRID : first;
   }
   __device__ __forceinline__ void end(int tiles) {
-    base = (base + tiles) % GRID;
+    base += tiles % GRID;
+    if (base >= GRID) base -= GRID;
     turn ^= 1;
   }
 };
 
 // Asks for this block's tiles of a weight, as slots of the ring become free.
 __device__ __noinline__ Place feed(Place place, int which, int weight, u64 policy) {
-  const int lane = threadIdx.x & 31;
+  const int lane = place.tid & 31;
   const Shape m = shapes[which];
   const Weight w = given.stream[weight];
   const bool whole = m.segments == 1 && m.pitch == m.segment;
@@ -341,21 +351,27 @@ __device__ __forceinline__ uint2 receive(u32 number, int at) {
 
 // ---- products ----
 
-enum { ROUNDED, ONTO_STREAM, WITH_BIAS };
+// Products that are added to the residual stream.
+constexpr bool onto_stream(int which) { return which == OUT || which == DOWN || which == SMALL_OUT || which == SMALL_DOWN; }
+// Four words of four bytes, with rows for columns.
+__device__ __forceinline__ uint4 turned(const uint4& x) {
+  const u32 a = __byte_perm(x.x, x.y, 0x5140), b = __byte_perm(x.z, x.w, 0x5140);
+  const u32 c = __byte_perm(x.x, x.y, 0x7362), d = __byte_perm(x.z, x.w, 0x7362);
+  return make_uint4(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632), __byte_perm(c, d, 0x5410), __byte_perm(c, d, 0x7632));
+}
 
-// What a lane hands the tensor cores of a step's activations, from x + 8 * (its own or, in 4 bits, its word's) on.
-__device__ __forceinline__ uint2 pairs(const u16* x) { return make_uint2(*(const u32*)x, *(const u32*)(x + 4)); }
+// The product of eight rows and a group, 32 weights a lane, as whole numbers.
+__device__ __forceinline__ int multiply_group(const uint4& w, const uint4& x, u32 nibbles) {
+  int c[4] = {0, 0, 0, 0};
+  multiply_bytes(c, w.x & nibbles, w.x >> 4 & nibbles, w.y & nibbles, w.y >> 4 & nibbles, x.x, x.y);
+  multiply_bytes(c, w.z & nibbles, w.z >> 4 & nibbles, w.w & nibbles, w.w >> 4 & nibbles, x.z, x.w);
+  return c[0] + c[3];
+}
 
-// Products of eight rows and a group: 32 weights a lane.
-__device__ __forceinline__ void multiply_group(float (&c)[4], const uint4& weights, const uint2 (&b)[4], u32 nibbles) {
-  const u32 w[4] = {weights.x, weights.y, weights.z, weights.w};
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    u32 p[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) p[j] = ((w[e] >> (4 * j)) & nibbles) | 0x43004300u;  // 128 + the nibble, two bfloat16
-    multiply(c, p[0], p[1], p[2], p[3], b[e].x, b[e].y);
-  }
+// A thread's warp is the how manieth of those that share a row.
+template <int WHICH> __device__ __forceinline__ int part_of(int tid) {
+  constexpr int parts = shape_of(WHICH).parts;
+  return parts == WARPS ? tid >> 5 : (tid >> 5) % parts;
 }
 
 // A lane's share of some tiles of a weight. Where fewer warps than there are share a row, sets of them take tiles in turn.
@@ -371,14 +387,15 @@ struct Tiles {
   uint4 values[n][m.share];
   float scales[m.int4 ? n : 1][m.share], zeros[m.int4 ? n : 1][m.share];
 
-  static __device__ __forceinline__ int set() { return sets == 1 ? 0 : (threadIdx.x >> 5) / m.parts; }
+  static constexpr int ROWS = most * m.rows;  // of a block
+  static __device__ __forceinline__ int set(int tid) { return sets == 1 ? 0 : (tid >> 5) / m.parts; }
   // Whether this warp is of a set; nobody needs the others.
-  static __device__ __forceinline__ bool busy() { return WARPS == sets * m.parts || (threadIdx.x >> 5) < sets * m.parts; }
+  static __device__ __forceinline__ bool busy(int tid) { return WARPS == sets * m.parts || tid >> 5 < sets * m.parts; }
   // The tile that the i-th eight rows are of, after those that were taken before.
-  static __device__ __forceinline__ int nth(int start, int i) { return start + i / halves * sets + set(); }
+  static __device__ __forceinline__ int nth(int tid, int start, int i) { return start + i / halves * sets + set(tid); }
   // Those from the start-th on, of so many that there are, once they have come; their slots are free again.
   __device__ __forceinline__ void take(Place& place, int start, int tiles) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, part = (threadIdx.x >> 5) % m.parts;
+    const int tid = place.tid, lane = tid & 31, g = lane >> 2, t = lane & 3, part = part_of<WHICH>(tid);
     const int now = m.segments > 1 ? start < tiles ? m.segments : 0 : min(at_once, tiles - start);
     const long long before = TRACED ? clock64() : 0;
     place.wait(now);
@@ -387,7 +404,7 @@ struct Tiles {
     for (int i = 0; i < n; ++i) {
       // What lies in slots that are not there yet comes to nothing.
       const int row = 8 * (i % halves) + g;
-      const u8 *slot = place.nth(busy() ? nth(0, i) : 0), *tables = slot + ROW_ROOM;
+      const u8 *slot = place.nth(busy(tid) ? nth(tid, 0, i) : 0), *tables = slot + ROW_ROOM;
 #pragma unroll
       for (int j = 0; j < m.share; ++j) {
         const int step = part * m.share + j, steps = m.k / m.unit / m.segments;
@@ -398,7 +415,7 @@ struct Tiles {
         values[i][j] = *(const uint4*)(from + row * m.pitch + t * 16 + step * 64);
         if constexpr (m.int4) {
           scales[i][j] = half(((const u16*)tables)[row * m.groups + step]);
-          zeros[i][j] = 128.f + (tables + 2 * m.rows * m.groups)[row * m.groups + step];
+          zeros[i][j] = (tables + 2 * m.rows * m.groups)[row * m.groups + step];
         }
       }
     }
@@ -407,46 +424,49 @@ struct Tiles {
 };
 
 // Where the rows of a product come from: exchange ``number``, or, for the first of a stack's layers, codes.
-struct Rows { int columns_log, skipped; bool from_codes; int codebook; const u16* gain; };
+struct Rows { const u16* gain; bool from_codes; int codebook, skipped; };
 
-template <int WHICH> __device__ __forceinline__ void stage(const Rows& rows, int turn, u32 number);
-__device__ __forceinline__ void stage_attended(u32 number);
+template <int WHICH, int COLUMNS> __device__ __forceinline__ float stage(const Rows& rows, int tid, int turn, u32 number);
+__device__ __forceinline__ void note_square(int tid, int turn, int row, int part, float square);
+// What an RMS norm stands before.
+constexpr bool normed(int which) { return which == QKV || which == GATE_UP || which == SMALL_QKV || which == SMALL_GATE_UP || which == HEAD; }
 
-// Sends the product of ``rows``, finished in float32, outputs in pairs, as exchange ``number``.
+__device__ __forceinline__ void stage_attended(int tid, u32 number);
+
+// Sends the product of COLUMNS rows, finished in float32, outputs in pairs, as exchange ``number``.
 //
-// Where ``eps`` is not zero the rows still lack what their RMS norm divides by; their squares are in s.squares. What is
-// first multiplied is in registers before the rows are there.
-template <int WHICH>
-__device__ __noinline__ Place product(Place place, Rows rows, u32 number, int finish, float eps) {
+// The rows may still lack what their RMS norm divides by; their squares are in s.squares. What is first multiplied is in
+// registers before the rows are there.
+template <int WHICH, int COLUMNS>
+__device__ __noinline__ Place product(Place place, Rows rows, u32 number, float eps) {
   using Mine = Tiles<WHICH>;
   constexpr Shape m = Mine::m;
-  constexpr int kept = m.int4 ? 4 : m.share;
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const int part = warp % m.parts, columns_log = rows.columns_log, columns = 1 << columns_log;
+  // In 4 bits a row of activations takes four columns.
+  constexpr int passes = m.int4 ? divided(COLUMNS, 2) : 1, kept = m.int4 ? 1 : m.share, columns_log = log2_of(COLUMNS);
+  const int tid = place.tid, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, part = part_of<WHICH>(tid);
   const int first = place.begin(), tiles = first < m.tiles ? divided(m.tiles - first, GRID) : 0;
   float* red = s.red[place.turn];
   Mine mine;
   mine.take(place, 0, tiles);
-  stage<WHICH>(rows, place.turn, number - 1);
-  // Two columns a row: what belongs to the even pairs of eight inputs, and to the odd ones.
-  const bool active = g < 2 * columns;
-  const u16* x = s.x + (g >> 1) * m.k + 2 * (g & 1) + part * m.share * m.unit + (m.int4 ? 32 : 8) * t;
-  const float* x_sums = s.sums + min(t, columns - 1) * m.groups + part * m.share;
-  const u32 nibbles = s.nibbles;
   // Before the meeting: nothing behind it should wait for what is known.
   u64* const to = outbox(number);
+  const float square = stage<WHICH, COLUMNS>(rows, tid, place.turn, number - 1);
+  const u32 nibbles = s.nibbles;
+  // Two columns a row: what belongs to the even pairs of eight inputs, and to the odd ones. Others repeat them.
+  const u16* x = s.x + (g >> 1) % COLUMNS * m.k + part * m.share * m.unit + 8 * t + 4 * (g & 1);
   uint2 b[kept];
 #pragma unroll
-  for (int i = 0; i < kept; ++i) b[i] = active && (!m.int4 || m.share == 1) ? pairs(x + (m.int4 ? 8 : 32) * i) : make_uint2(0, 0);
+  for (int i = 0; i < kept; ++i) b[i] = m.int4 ? make_uint2(0, 0) : *(const uint2*)(x + 32 * i);
+  float* const own = red + ((m.int4 ? t >> 1 : t) * Mine::ROWS + Mine::set(tid) * m.rows + g) * RED_PITCH + part;
 #pragma unroll
   for (int start = 0; start < Mine::most; start += Mine::at_once) {
     if (start > 0) {
       if (start >= tiles) break;
       mine.take(place, start, tiles);
     }
-    float sums[Mine::n];
+    float sums[passes][Mine::n];
 #pragma unroll
-    for (int i = 0; i < Mine::n; ++i) sums[i] = 0.f;
+    for (int i = 0; i < passes * Mine::n; ++i) sums[i / Mine::n][i % Mine::n] = 0.f;
     if constexpr (!m.int4) {
 #pragma unroll
       for (int i = 0; i < Mine::n; ++i) {
@@ -456,50 +476,62 @@ __device__ __noinline__ Place product(Place place, Rows rows, u32 number, int fi
           const uint4& a = mine.values[i][j];
           multiply(c[j & 1], a.x, a.y, a.z, a.w, b[j].x, b[j].y);
         }
-        sums[i] = c[0][0] + c[0][3] + (c[1][0] + c[1][3]);
+        sums[0][i] = c[0][0] + c[0][3];
+        if (m.share > 1) sums[0][i] += c[1][0] + c[1][3];
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < m.share; ++j) {
-        const float x_sum = x_sums[j];
-        if (m.share > 1)
+      for (int pass = 0; pass < passes; ++pass) {
+        // A lane hands over a byte of a row, and gets the outcomes of a lower or of an upper one.
+        const int row = (2 * pass + (g >> 2)) % COLUMNS, got = (2 * pass + (t >> 1)) % COLUMNS;
+        const bool upper = t & 1;
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (active) b[e] = pairs(x + j * GROUP + 8 * e);
+        for (int j = 0; j < m.share; ++j) {
+          const int group = part * m.share + j;
+          const uint4 bytes = turned(*(const uint4*)(s.x + row * m.k + group * GROUP + 32 * (g & 3) + 8 * t));
+          const float2 scale = s.scales[got * m.groups + group];
+          const float step = upper ? 256.f * scale.x : scale.x, sum = upper ? 0.f : scale.y;
 #pragma unroll
-        for (int i = 0; i < Mine::n; ++i) {
-          float c[4] = {0.f, 0.f, 0.f, 0.f};
-          multiply_group(c, mine.values[i][j], b, nibbles);
-          sums[i] += mine.scales[i][j] * (c[0] + c[3] - mine.zeros[i][j] * x_sum);
+          for (int i = 0; i < Mine::n; ++i)
+            sums[pass][i] += mine.scales[i][j] * (step * (float)multiply_group(mine.values[i][j], bytes, nibbles) - mine.zeros[i][j] * sum);
         }
+#pragma unroll
+        for (int i = 0; i < Mine::n; ++i) sums[pass][i] += __shfl_xor_sync(~0u, sums[pass][i], 1);
       }
     }
-    if (t < columns) {
+#pragma unroll
+    for (int pass = 0; pass < passes; ++pass) {
+      if (m.int4 ? (t & 1) || 2 * pass + (t >> 1) >= COLUMNS : t >= COLUMNS) continue;
 #pragma unroll
       for (int i = 0; i < Mine::n; ++i) {
-        const int nth = Mine::nth(start, i);
-        if (nth < tiles && Mine::busy())
-          red[(((nth * m.rows + 8 * (i % Mine::halves) + g) << columns_log) + t) * RED_PITCH + part] = sums[i];
+        const int nth = start + i / Mine::halves * Mine::sets;
+        // Rows that no tile has are never read.
+        if (Mine::sets == 1 ? nth < Mine::most : Mine::nth(tid, start, i) < tiles && Mine::busy(tid))
+          own[(2 * pass * Mine::ROWS + nth * m.rows + 8 * (i % Mine::halves)) * RED_PITCH] = sums[pass][i];
       }
     }
   }
+  if constexpr (normed(WHICH)) note_square(tid, place.turn, COLUMNS - 1, part, square);
   mark(2);
   workers_meet();
   mark(3);
   // Eight threads add up two outputs.
-  constexpr int outs_log = log2_of(m.outs) - 1;
-  const int pairs_log = columns_log + outs_log, pairs = tiles << pairs_log, q = lane & 7;
+  constexpr int outs_log = log2_of(m.outs) - 1, pairs_log = columns_log + outs_log;
+  const int pairs = tiles << pairs_log, q = lane & 7;
 #pragma unroll 1
   for (int start = 4 * warp; start < pairs; start += 4 * WARPS) {
-    const int pair = min(start + (lane >> 3), pairs - 1), nth = pair >> pairs_log, inside = pair & ((1 << pairs_log) - 1);
-    const int row = 2 * (inside >> columns_log), column = inside & (columns - 1);
-    const float* from = red + (((nth * m.rows + row) << columns_log) + column) * RED_PITCH + q;
+    const int pair = min(start + (lane >> 3), pairs - 1), nth = pair >> pairs_log, column = pair % COLUMNS;
+    const int row = 2 * ((pair >> columns_log) & ((1 << outs_log) - 1)), at = (first + nth * GRID) * m.outs + row;
+    const float* from = red + (column * Mine::ROWS + nth * m.rows + row) * RED_PITCH + q;
+    u32 base = 0;
+    if (onto_stream(WHICH)) base = *(const u32*)(s.raw[WHICH == DOWN || WHICH == SMALL_DOWN] + column * m.n + at);
+    if (WHICH == PROJECTION) base = *(const u32*)(given.projection_bias + at);
     float sums[5];
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
       sums[i] = 0.f;
-      if (i < 2 * m.pieces || (i == 4 && eps != 0.f)) {
-        const float* at = i == 4 ? s.squares[place.turn][column] + q : from + (((i & 1) + (i >> 1) * m.outs) << columns_log) * RED_PITCH;
+      if (i < 2 * m.pieces || (i == 4 && normed(WHICH))) {
+        const float* at = i == 4 ? s.squares[place.turn][column] + q : from + ((i & 1) + (i >> 1) * m.outs) * RED_PITCH;
         if (m.parts >= 8 || q < m.parts) sums[i] = at[0];
         if (m.parts > 8) sums[i] += at[8];
       }
@@ -508,16 +540,13 @@ __device__ __noinline__ Place product(Place place, Rows rows, u32 number, int fi
     for (int d = 4; d; d >>= 1)
 #pragma unroll
       for (int i = 0; i < 5; ++i)
-        if (i < 2 * m.pieces || i == 4) sums[i] += __shfl_xor_sync(~0u, sums[i], d);
-    const int at = (first + nth * GRID) * m.outs + row;
-    const float by = eps != 0.f ? rsqrtf(sums[4] * (1.f / m.k) + eps) : 1.f;
+        if (i < 2 * m.pieces || (i == 4 && normed(WHICH))) sums[i] += __shfl_xor_sync(~0u, sums[i], d);
+    const float by = normed(WHICH) ? rsqrtf(sums[4] * (1.f / m.k) + eps) : 1.f;
     float x = sums[0] * by, y = sums[1] * by;
     if (m.pieces == 2) {
       x = __fdividef(x, 1.f + __expf(-x)) * sums[2] * by;
       y = __fdividef(y, 1.f + __expf(-y)) * sums[3] * by;
-    } else if (finish != ROUNDED) {
-      const u16* stream = s.raw[WHICH == DOWN || WHICH == SMALL_DOWN];
-      const u32 base = finish == ONTO_STREAM ? *(const u32*)(stream + column * m.n + at) : *(const u32*)(given.projection_bias + at);
+    } else {
       x += bf_low(base), y += bf_high(base);
     }
     if (q == 0 && start + (lane >> 3) < pairs) send(to + (column * m.n + at) / 2, number, two_bf(x, y));
@@ -535,33 +564,54 @@ struct Share {
   static constexpr Shape m = shape_of(WHICH);
   static constexpr int WIDTH = m.share * m.unit, CHUNKS = divided(WIDTH, 128);
   static constexpr bool HEADS = m.parts == WARPS && WIDTH == HD;  // of a row of WARPS heads a warp has one
-  const int lane = threadIdx.x & 31, begin = (threadIdx.x >> 5) % m.parts * WIDTH + 4 * lane;
+  const int lane, begin;
+  __device__ __forceinline__ explicit Share(int tid) : lane(tid & 31), begin(part_of<WHICH>(tid) * WIDTH + 4 * lane) {}
   __device__ __forceinline__ bool has(int i) const { return WIDTH % 128 == 0 || 128 * i + 4 * lane < WIDTH; }
 };
 
-// Four inputs, from the at-th on, to where the weight's fragments want them; and the sum of their group.
+// Four inputs, from the at-th on, to where the weight's fragments want them. For 4 bits a group becomes whole numbers of
+// fifteen bits, of a unit that is a power of two: so those that are not far below the largest are what they were. Their
+// lower and their upper bytes, and what the unit is and what all are together (s.scales), are for the product.
 template <int WHICH>
-__device__ __forceinline__ void put(int column, int at, uint2 four) {
+__device__ __forceinline__ void put(int tid, int column, int at, uint2 four) {
   constexpr Shape m = shape_of(WHICH);
   if constexpr (!m.int4) {
-    *(uint2*)(s.x + column * m.k + at) = four;
+    // Of eight inputs even pairs lie before odd ones.
+    u32* to = (u32*)(s.x + column * m.k + at / 8 * 8) + (at >> 2 & 1);
+    to[0] = four.x, to[2] = four.y;
   } else {
-    const int lane = threadIdx.x & 31, group = at / GROUP, j = lane >> 2, t = lane & 3;
-    u16* to = s.x + column * m.k + group * GROUP + t * 32 + (j & 3) * 2 + (j >> 2);
-    to[0] = (u16)four.x, to[8] = (u16)(four.x >> 16), to[16] = (u16)four.y, to[24] = (u16)(four.y >> 16);
-    const float sum = warp_sum(bf_low(four.x) + bf_high(four.x) + bf_low(four.y) + bf_high(four.y));
-    if (lane == 0) s.sums[column * m.groups + group] = sum;
+    constexpr int BIAS = 127, BITS = 13;
+    const int lane = tid & 31, group = at / GROUP, j = lane >> 2, t = lane & 3;
+    const u32 a = four.x & 0x7fff7fffu, b = four.y & 0x7fff7fffu;
+    const int largest = __reduce_max_sync(~0u, (int)max(max(a & 0xffff, a >> 16), max(b & 0xffff, b >> 16)));
+    const int exponent = max(largest >> 7, BITS + 1);
+    const float by = __int_as_float((2 * BIAS + BITS - exponent) << 23), unit = __int_as_float((exponent - BITS) << 23);
+    float x[4];
+    unpack(four, x);
+    u32 whole[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) whole[e] = __float_as_uint(fmaf(x[e], by, 12582912.f));  // its lower bits are the number
+    const u32 lower = __byte_perm(__byte_perm(whole[0], whole[1], 0x0040), __byte_perm(whole[2], whole[3], 0x0040), 0x5410);
+    int sum = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum += (short)whole[e], whole[e] += 128;
+    const u32 upper = __byte_perm(__byte_perm(whole[0], whole[1], 0x0051), __byte_perm(whole[2], whole[3], 0x0051), 0x5410);
+    u32* to = (u32*)(s.x + column * m.k + group * GROUP) + (j & 1) * 16 + t * 4 + (j >> 1);
+    to[0] = lower, to[32] = upper;
+    sum = (int)__reduce_add_sync(~0u, (u32)sum);
+    // What is no number stays none.
+    if (lane == 0) s.scales[column * m.groups + group] = make_float2(largest < 0x7f80 ? unit : bf_low(0x7fc0), unit * sum);
   }
 }
 
 // Puts rows that arrive by mail (or, for the first product, the hidden states) into s.x, as a product wants them.
-template <int WHICH>
-__device__ __forceinline__ void stage_plain(int columns, u32 number) {
+template <int WHICH, int COLUMNS>
+__device__ __forceinline__ void stage_plain(int tid, u32 number) {
   constexpr Shape m = shape_of(WHICH);
-  const Share<WHICH> share;
+  const Share<WHICH> share(tid);
   constexpr int chunks = Share<WHICH>::CHUNKS;
 #pragma unroll 1
-  for (int column = 0; column < columns; ++column) {
+  for (int column = 0; column < COLUMNS; ++column) {
     uint2 four[chunks];
     const u64* from[chunks];
     bool wanted[chunks];
@@ -575,7 +625,7 @@ __device__ __forceinline__ void stage_plain(int columns, u32 number) {
     if (WHICH != HEAD0) receive<chunks>(four, from, wanted, number);
 #pragma unroll
     for (int i = 0; i < chunks; ++i)
-      if (wanted[i]) put<WHICH>(column, share.begin + 128 * i, four[i]);
+      if (wanted[i]) put<WHICH>(tid, column, share.begin + 128 * i, four[i]);
   }
 }
 
@@ -602,21 +652,23 @@ enum { MAIL, CODES, FRAME };
 
 // The same for what an RMS norm stands before: rows from the mail, or the embeddings of the code before ``codebook``, or
 // of the whole frame; the first ``skipped`` rows are left out. What the norm divides by is left to the product: squares
-// go to s.squares, and the rows as they came to s.raw.
-template <int WHICH, int SOURCE>
-__device__ __forceinline__ void stage_normed(const Rows& rows, int turn, u32 number) {
-  const int columns = 1 << rows.columns_log, skipped = rows.skipped, codebook = rows.codebook;
+// go to s.squares, those of the last row are returned, a lane's own, and the rows as they came go to s.raw.
+template <int WHICH, int COLUMNS, int SOURCE>
+__device__ __forceinline__ float stage_normed(const Rows& rows, int tid, int turn, u32 number) {
+  const int skipped = rows.skipped, codebook = rows.codebook;
   const u16* gain = rows.gain;
   constexpr Shape m = shape_of(WHICH);
-  const Share<WHICH> share;
+  const Share<WHICH> share(tid);
   constexpr int chunks = Share<WHICH>::CHUNKS;
   u16* raw = s.raw[WHICH == GATE_UP || WHICH == SMALL_GATE_UP];
   // What does not depend on other blocks is asked for first.
   uint2 by[chunks];
 #pragma unroll
   for (int i = 0; i < chunks; ++i) by[i] = share.has(i) ? load8(gain + share.begin + 128 * i) : make_uint2(0, 0);
+  float square = 0.f;
 #pragma unroll 1
-  for (int row = 0; row < columns; ++row) {
+  for (int row = 0; row < COLUMNS; ++row) {
+    if (row) note_square(tid, turn, row - 1, part_of<WHICH>(tid), square);
     const int column = row + skipped;
     uint2 four[chunks];
     const u64* from[chunks];
@@ -636,7 +688,7 @@ __device__ __forceinline__ void stage_normed(const Rows& rows, int turn, u32 num
       }
     }
     if (SOURCE == MAIL || (SOURCE == CODES && PROJECTED && codebook == 1 && column < SLOTS)) receive<chunks>(four, from, wanted, number);
-    float square = 0.f;
+    square = 0.f;
 #pragma unroll
     for (int i = 0; i < chunks; ++i) {
       float x[4], b[4];
@@ -647,32 +699,38 @@ __device__ __forceinline__ void stage_normed(const Rows& rows, int turn, u32 num
       for (int j = 0; j < 4; ++j) b[j] *= x[j];
       if (wanted[i]) {
         if (WHICH != HEAD) *(uint2*)(raw + column * m.k + share.begin + 128 * i) = four[i];
-        put<WHICH>(row, share.begin + 128 * i, packed(b));
+        put<WHICH>(tid, row, share.begin + 128 * i, packed(b));
       }
     }
-    square = warp_sum(square);
-    if (share.lane == 0) s.squares[turn][row][(threadIdx.x >> 5) % m.parts] = square;
   }
+  return square;
+}
+__device__ __forceinline__ void note_square(int tid, int turn, int row, int part, float square) {
+  square = warp_sum(square);
+  if ((tid & 31) == 0) s.squares[turn][row][part] = square;
 }
 
-template <int WHICH>
-__device__ __forceinline__ void stage(const Rows& rows, int turn, u32 number) {
+template <int WHICH, int COLUMNS>
+__device__ __forceinline__ float stage(const Rows& rows, int tid, int turn, u32 number) {
+  float square = 0.f;
   // They are the product's before.
-  if constexpr (WHICH == PROJECTION) return;
-  if constexpr (WHICH == OUT) stage_attended(number);
-  else if constexpr (WHICH == HEAD0 || WHICH == SMALL_OUT || WHICH == DOWN || WHICH == SMALL_DOWN) stage_plain<WHICH>(1 << rows.columns_log, number);
-  else if (WHICH == QKV && rows.from_codes) stage_normed<WHICH, FRAME>(rows, turn, number);
-  else if (WHICH == SMALL_QKV && rows.from_codes) stage_normed<WHICH, CODES>(rows, turn, number);
-  else stage_normed<WHICH, MAIL>(rows, turn, number);
+  if constexpr (WHICH == PROJECTION) return square;
+  if constexpr (WHICH == OUT) stage_attended(tid, number);
+  else if constexpr (!normed(WHICH)) stage_plain<WHICH, COLUMNS>(tid, number);
+  else if (WHICH == QKV && rows.from_codes) square = stage_normed<WHICH, COLUMNS, FRAME>(rows, tid, turn, number);
+  else if (WHICH == SMALL_QKV && rows.from_codes) square = stage_normed<WHICH, COLUMNS, CODES>(rows, tid, turn, number);
+  else square = stage_normed<WHICH, COLUMNS, MAIL>(rows, tid, turn, number);
   __syncwarp();
   mark(1);
+  return square;
 }
 
 // What turns a head to ``position``: four values a lane each of the norm's gain, the cosine and the sine.
 struct Turn {
   uint2 gain, cos, sin;
-  __device__ __forceinline__ Turn(const u16* gains, const u16* cosines, const u16* sines, int position) {
-    const int lane = threadIdx.x & 31, at = position * (HD / 2) + 4 * (lane & 15);
+  int lane;
+  __device__ __forceinline__ Turn(int lane, const u16* gains, const u16* cosines, const u16* sines, int position) : lane(lane) {
+    const int at = position * (HD / 2) + 4 * (lane & 15);
     gain = load8(gains + 4 * lane), cos = load8(cosines + at), sin = load8(sines + at);
   }
   // Norms and turns, and rounds as the cache does.
@@ -685,15 +743,14 @@ struct Turn {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float mine = x[i] * rstd * by[i], other = __shfl_xor_sync(~0u, mine, 16);
-      x[i] = rounded(mine * c[i] + ((threadIdx.x & 16) ? other : -other) * n[i]);
+      x[i] = rounded(mine * c[i] + ((lane & 16) ? other : -other) * n[i]);
     }
   }
 };
 
 // The sums over all lanes of M values each, a power of two: a lane gets that of value ``lane / (32 / M)``.
 template <int M>
-__device__ __forceinline__ float warp_sums(float (&x)[M]) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ float warp_sums(int lane, float (&x)[M]) {
 #pragma unroll
   for (int m = M / 2, d = 16; m; m >>= 1, d >>= 1)
 #pragma unroll
@@ -712,8 +769,8 @@ struct Softmax {
   float peak = -1e30f, weight = 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
   // M scores and what they weigh; those beyond ``n`` do not count.
   template <int M>
-  __device__ __forceinline__ void add(const float (&q)[4], const uint2 (&keys)[M], const uint2 (&values)[M], int n) {
-    const int which = (threadIdx.x & 31) / (32 / M);
+  __device__ __forceinline__ void add(int lane, const float (&q)[4], const uint2 (&keys)[M], const uint2 (&values)[M], int n) {
+    const int which = lane / (32 / M);
     float score[M];
 #pragma unroll
     for (int i = 0; i < M; ++i) {
@@ -721,7 +778,7 @@ struct Softmax {
       unpack(keys[i], x);
       score[i] = dot(q, x);
     }
-    float own = warp_sums<M>(score) * rsqrtf((float)HD);
+    float own = warp_sums<M>(lane, score) * rsqrtf((float)HD);
     if (which >= n) own = -1e30f;
     float risen = fmaxf(peak, own);
 #pragma unroll
@@ -763,37 +820,38 @@ __device__ __forceinline__ int ordered(float x) {
 }
 
 // A number of each warp: a lane gets that of the warp it is named for, later ones zero.
-__device__ __forceinline__ int of_warps(int& round, int mine) {
+__device__ __forceinline__ int of_warps(int tid, int& round, int mine) {
   int* at = s.counts[round++ & 3];
-  const int lane = threadIdx.x & 31;
-  if (lane == 0) at[threadIdx.x >> 5] = mine;
+  const int lane = tid & 31;
+  if (lane == 0) at[tid >> 5] = mine;
   workers_meet();
   return lane < WARPS ? at[lane] : 0;
 }
-__device__ __forceinline__ int highest(int& round, int x) {
-  x = of_warps(round, __reduce_max_sync(~0u, x));
-  return __reduce_max_sync(~0u, (threadIdx.x & 31) < WARPS ? x : (int)0x80000000);
+__device__ __forceinline__ int highest(int tid, int& round, int x) {
+  x = of_warps(tid, round, __reduce_max_sync(~0u, x));
+  return __reduce_max_sync(~0u, (tid & 31) < WARPS ? x : (int)0x80000000);
 }
 // The sum of all lanes' up to this one.
-__device__ __forceinline__ int upto(int x) {
+__device__ __forceinline__ int upto(int lane, int x) {
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
     const int y = __shfl_up_sync(~0u, x, d);
-    if ((threadIdx.x & 31) >= d) x += y;
+    if (lane >= d) x += y;
   }
   return x;
 }
 
 // Draws a code in [0, IDS) for each slot into s.code[slot][codebook]; the likeliest first, equal ones from the lowest id.
 template <int IDS, bool FIRST>
-__device__ __noinline__ void sample(u32 number, int codebook) {
+__device__ __noinline__ void sample(int tid, u32 number, int codebook) {
   constexpr int PER = 4 * divided(IDS, 4 * WORKERS), FOURS = PER / 4;
   static_assert(IDS % PER == 0 && 32 * PER < 1024, "ids are dealt to threads, four at a time, and counted in ten bits a warp");
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const int lane = tid & 31, warp = tid >> 5;
   const bool has = tid < IDS / PER;
 #pragma unroll 1
   for (int slot = 0; slot < SLOTS; ++slot) {
     int round = 0;
+    s.bins[tid / 16 * 20 + tid % 16] = 0;
     const float* knobs = (FIRST ? given.first : given.residual) + 4 * slot;
     const float temperature = knobs[0], top_p = knobs[2], penalty = knobs[3];
     const bool greedy = temperature == 0.f;
@@ -822,7 +880,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
       int key = 0x80000000;
 #pragma unroll
       for (int i = 0; i < PER; ++i) key = max(key, ordered(has ? x[i] : LEAST));
-      key = highest(round, key);
+      key = highest(tid, round, key);
       const float peak = __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF));
       float sum = 0.f, stop = 0.f;
 #pragma unroll
@@ -831,7 +889,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
         sum += e;
         if (tid * PER + i == given.stop_id) stop = e;
       }
-      sum = warp_sum(__int_as_float(of_warps(round, __float_as_int(warp_sum(sum)))));
+      sum = warp_sum(__int_as_float(of_warps(tid, round, __float_as_int(warp_sum(sum)))));
       if (given.stop_id / PER == tid && blockIdx.x == 0) given.stops[min(frame, given.capacity - 1) * SLOTS + slot] = __fdividef(stop, sum);
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
@@ -843,67 +901,103 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     const int n_inside = FIRST ? IDS - given.n_banned + (frame >= MIN_FRAMES && given.stop_id >= IDS - given.n_banned) : IDS;
     int k = greedy ? 1 : wanted_k > 0 ? min(wanted_k, n_inside) : n_inside;
     k = min(k, MOST_KEPT);
-    // Keys are ordered as scores are; those of bfloat16 have sixteen bits.
-    constexpr int SHIFT = FIRST ? 0 : 16, NONE = 0x80000000;
-    int keys[PER], high = NONE;
+    // Keys are ordered as scores are; those of bfloat16 have sixteen bits. What counts is how far below the highest they are.
+    constexpr int SHIFT = FIRST ? 0 : 16;
+    constexpr u32 NEVER = ~0u;
+    u32 below[PER];
+    int high = 0x80000000;
     const float by = greedy ? 1.f : __fdividef(1.f, temperature);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-      keys[i] = has ? ordered(x[i]) >> SHIFT : NONE;
-      x[i] *= by;
-      high = max(high, keys[i]);
+      const int key = has ? ordered(x[i]) >> SHIFT : 0x80000000;
+      below[i] = (u32)key, high = max(high, key);
     }
-    // The k-th key: at or above ``low`` lie k keys or more, at or above ``high`` fewer. Three thresholds a round.
-    int low = (int)0x80800000 >> SHIFT, n_low = n_inside;  // just above minus infinity
-    high = highest(round, high) + 1;
-    if (k == 1) low = high - 1, n_low = 0;
-    // The first thresholds lie close below the highest key, where most often all that is kept is found.
-    u32 reach = 32u << (16 - SHIFT);
+    high = highest(tid, round, high);
+#pragma unroll
+    for (int i = 0; i < PER; ++i) below[i] = !has || x[i] == -__int_as_float(0x7f800000) ? NEVER : (u32)high - below[i];
+    // How many are how far below is counted in bins, first of a bfloat16's step each: the k-th is in the one where the count
+    // reaches k. All of that bin are candidates, where they are not too many: then it is counted in finer ones.
+    int width = FIRST ? 16 : 0, n_above = 0, n_level = 0;
+    u32 edge = 0;
 #pragma unroll 1
-    while ((u32)high - (u32)low > 1u && n_low != k) {
-      const u32 room = (u32)high - (u32)low, step = (room + 3u) >> 2;
-      const bool near = step > reach && n_low == n_inside;
-      const int m1 = near ? (int)((u32)high - min(room - 1, 8 * reach)) : (int)((u32)low + step);
-      const int m2 = near ? (int)((u32)high - 2 * reach) : (int)((u32)low + min(room, 2 * step));
-      const int m3 = near ? (int)((u32)high - reach / 2) : (int)((u32)low + min(room, 3 * step));
-      reach <<= 4;
-      u32 all = 0;
+    while (true) {
 #pragma unroll
-      for (int i = 0; i < PER; ++i) all += (keys[i] >= m1) + ((keys[i] >= m2) << 10) + ((keys[i] >= m3) << 20);
-      all = (u32)of_warps(round, (int)__reduce_add_sync(~0u, all));
-      const int c1 = (int)__reduce_add_sync(~0u, all & 1023), c2 = (int)__reduce_add_sync(~0u, all >> 10 & 1023), c3 = (int)__reduce_add_sync(~0u, all >> 20);
-      if (c3 >= k) low = m3, n_low = c3;
-      else if (c2 >= k) high = m3, low = m2, n_low = c2;
-      else if (c1 >= k) high = m2, low = m1, n_low = c1;
-      else high = m1;
+      for (int i = 0; i < PER; ++i) {
+        const u32 bin = (below[i] - edge) >> width;
+        if (below[i] != NEVER && below[i] >= edge && bin < BINS) count(&s.bins[bin + bin / 16 * 4]);
+      }
+      workers_meet();
+      if (warp == 0) {
+        // Sixteen bins a lane.
+        int bins[16], all = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint4 four = *(const uint4*)(s.bins + lane * 20 + 4 * i);
+          bins[4 * i] = four.x, bins[4 * i + 1] = four.y, bins[4 * i + 2] = four.z, bins[4 * i + 3] = four.w;
+          all += (four.x + four.y) + (four.z + four.w);
+        }
+        const int sum = n_above + upto(lane, all);
+        int before = sum - all, bin = 0, n_before = before, n_in = 0;
+        if (lane == 31 && sum < k) s.cut = make_uint4(0, 0, 0, 0);
+        if (before < k && k <= sum) {
+#pragma unroll
+          for (int i = 0; i < 16; ++i) {
+            before += bins[i];
+            if (before < k) bin = i + 1, n_before = before;
+            else if (bin == i) n_in = bins[i];
+          }
+          s.cut = make_uint4(edge + ((u32)(16 * lane + bin) << width), n_before, n_in, 1);
+        }
+      }
+      workers_meet();
+      const uint4 cut = s.cut;
+      if (cut.w) {
+        edge = cut.x, n_above = cut.y, n_level = cut.z;
+        if (n_above + n_level <= MOST_CANDIDATES || width == 0) break;
+        width = max(width - 9, 0);
+      } else {
+        width = FIRST ? 23 : 7;  // all there are
+      }
+      s.bins[tid / 16 * 20 + tid % 16] = 0;
+      workers_meet();
     }
-    // Where more than k remain they are equal at the edge, ``low`` itself: the lowest ids fill the rest.
-    const bool exact = n_low == k;
-    int mine = 0;
+    const u32 last = edge + ((1u << width) - 1);
+    // Those above the edge in the order of their ids, then those at the edge: of equal ones the lowest ids.
+    u32 lower = 0, mine = 0;
 #pragma unroll
-    for (int i = 0; i < PER; ++i) mine += keys[i] < low ? 0 : !exact && keys[i] == low ? 1 << 16 : 1;
-    const int within = upto(mine), warps = upto(of_warps(round, __shfl_sync(~0u, within, 31)));
-    const int before = within - mine + (warp ? __shfl_sync(~0u, warps, warp - 1) : __shfl_sync(~0u, 0, 0));
-    // Kept ones above the edge in the order of their ids, then those at the edge.
-    int above = before & 0xffff, level = (__shfl_sync(~0u, warps, 31) & 0xffff) + (before >> 16);
+    for (int i = 0; i < PER; ++i) {
+      const u32 is_above = __ballot_sync(~0u, below[i] < edge), is_level = __ballot_sync(~0u, below[i] >= edge && below[i] <= last);
+      const u32 under = (1u << lane) - 1;
+      lower += __popc(is_above & under) | __popc(is_level & under) << 16;
+      mine += __popc(is_above) | __popc(is_level) << 16;
+    }
+    const u32 of_warp = (u32)of_warps(tid, round, (int)mine);
+    lower += __reduce_add_sync(~0u, lane < warp ? of_warp : 0u);
+    int above = lower & 0xffff, level = n_above + (lower >> 16);
 #pragma unroll
     for (int i = 0; i < PER; ++i)
-      if (keys[i] >= low) {
-        const int at = !exact && keys[i] == low ? level++ : above++;
-        if (at < k) s.score[at] = x[i], s.ids[at] = tid * PER + i;
+      if (below[i] <= last) {
+        const int at = below[i] < edge ? above++ : level++;
+        // The likelier one is the larger number, or of equal ones the one with the lower id.
+        const u32 likely = (u32)ordered(x[i] * by) ^ 0x80000000u;
+        if (at < MOST_CANDIDATES) s.kept[at] = (u64)likely << 32 | ~(u32)(tid * PER + i);
       }
+    const int n = min(n_above + n_level, MOST_CANDIDATES);
     workers_meet();
-    // Each kept one finds its place: how many are likelier, or as likely with a lower id. Several threads count for one.
-    constexpr int COUNTERS = WORKERS / MOST_KEPT;
-    const int candidate = tid / COUNTERS;
-    const float score = candidate < k ? s.score[candidate] : 0.f;
-    const int id = candidate < k ? s.ids[candidate] : 0;
-    int rank = 0;
+    // Each finds its place: how many are larger. Eight threads count for one.
+#pragma unroll 1
+    for (int first = 4 * warp; first < n; first += 4 * WARPS) {
+      const int candidate = first + (lane >> 3);
+      const u64 mine = s.kept[candidate];
+      int rank = 0;
 #pragma unroll 4
-    for (int j = tid % COUNTERS; j < k; j += COUNTERS) rank += s.score[j] > score || (s.score[j] == score && s.ids[j] < id);
+      for (int j = lane & 7; j < n; j += 8) rank += s.kept[j] > mine;
 #pragma unroll
-    for (int d = 1; d < COUNTERS; d <<= 1) rank += __shfl_xor_sync(~0u, rank, d);
-    if (tid % COUNTERS == 0 && candidate < k) s.sorted[rank] = score, s.sorted_ids[rank] = id;
+      for (int d = 1; d < 8; d <<= 1) rank += __shfl_xor_sync(~0u, rank, d);
+      const int bits = (int)((u32)(mine >> 32) ^ 0x80000000u);
+      if ((lane & 7) == 0 && candidate < n && rank < k)
+        s.sorted[rank] = __int_as_float(bits ^ ((bits >> 31) & 0x7FFFFFFF)), s.sorted_ids[rank] = (int)~(u32)mine;
+    }
     workers_meet();
     if (warp == 0) {
       const float peak = s.sorted[0];
@@ -945,170 +1039,146 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
 __device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], given.capacity - 1); }
 __device__ __forceinline__ int n_splits(int length) { return greater(1, lesser(MOST_SPLITS, divided(length, SHARE))); }
 
-// The predictor's: a warp takes a position or two. Blocks that have a head call it.
-__device__ __noinline__ void attend_small(int columns, u32 number, int layer, int given_past) {
-  constexpr int each = divided(Q, WARPS);
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, slot = blockIdx.x / PG, group = blockIdx.x % PG;
+// The predictor's: a warp takes a position. Blocks that have a head call it; those that share a key write the same.
+template <int COLUMNS>
+__device__ __noinline__ void attend_small(int tid, u32 number, int layer, int given_past) {
+  const int lane = tid & 31, warp = tid >> 5, slot = blockIdx.x / PH, head = blockIdx.x % PH, group = head / (PH / PG);
   const Gains<E> gains(given.small_gains, layer);
   const u64 cache = ((u64)(layer * SLOTS + slot) * PG + group) * Q * HD + 4 * lane;
 #pragma unroll 1
-  for (int column = slot; column < columns; column += SLOTS) {
+  for (int column = slot; column < COLUMNS; column += SLOTS) {
     const int past = given_past + column / SLOTS;
-    uint2 key[each], value[each];
-#pragma unroll
-    for (int i = 0; i < each; ++i)
-      if (warp + i * WARPS < past) {
-        key[i] = load8(given.small_keys + cache + (warp + i * WARPS) * HD);
-        value[i] = load8(given.small_values + cache + (warp + i * WARPS) * HD);
-      }
-    if (warp < SMALL_REPEATS + 2) {
-      const Turn turn(warp < SMALL_REPEATS ? gains.query : gains.key, given.small_cos, given.small_sin, past);
-      const int head = warp < SMALL_REPEATS ? group * SMALL_REPEATS + warp : PH + group + (warp - SMALL_REPEATS) * PG;
-      const uint2 four = receive(number - 1, column * SMALL_QKV_N + head * HD + 4 * lane);
-      if (warp == SMALL_REPEATS + 1) {
+    uint2 key, value;
+    if (warp < past) {
+      key = load8(given.small_keys + cache + warp * HD);
+      value = load8(given.small_values + cache + warp * HD);
+    }
+    if (warp < 3) {
+      const Turn turn(lane, warp == 0 ? gains.query : gains.key, given.small_cos, given.small_sin, past);
+      const int row = warp == 0 ? head : PH + group + (warp - 1) * PG;
+      const uint2 four = receive(number - 1, column * SMALL_QKV_N + row * HD + 4 * lane);
+      if (warp == 2) {
         *(uint2*)(given.small_values + cache + past * HD) = four;
         *(uint2*)(s.past_values[past] + 4 * lane) = four;
       } else {
         float x[4];
         unpack(four, x);
         turn(x, given.small_eps);
-        if (warp == SMALL_REPEATS) *(uint2*)(given.small_keys + cache + past * HD) = packed(x);
+        if (warp == 1) *(uint2*)(given.small_keys + cache + past * HD) = packed(x);
         *(float4*)(s.fresh[warp] + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < each; ++i)
-      if (warp + i * WARPS < past) *(uint2*)(s.past_values[warp + i * WARPS] + 4 * lane) = value[i];
+    if (warp < past) *(uint2*)(s.past_values[warp] + 4 * lane) = value;
     workers_meet();
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-      const int position = warp + i * WARPS;
-      if (position > past) continue;
-      float k[4], score[SMALL_REPEATS];
-      if (position < past) {
-        unpack(key[i], k);
-      } else {
-        const float4 fresh = *(const float4*)(s.fresh[SMALL_REPEATS] + 4 * lane);
-        k[0] = fresh.x, k[1] = fresh.y, k[2] = fresh.z, k[3] = fresh.w;
-      }
-#pragma unroll
-      for (int r = 0; r < SMALL_REPEATS; ++r) {
-        const float4 q = *(const float4*)(s.fresh[r] + 4 * lane);
-        score[r] = q.x * k[0] + q.y * k[1] + q.z * k[2] + q.w * k[3];
-      }
-      const float sum = warp_sums<SMALL_REPEATS>(score) * rsqrtf((float)HD);
-      if (lane % (32 / SMALL_REPEATS) == 0) s.scores[lane / (32 / SMALL_REPEATS)][position] = sum;
+    if (warp <= past) {
+      float k[4], q[4];
+      read4(s.fresh[0] + 4 * lane, q);
+      if (warp < past) unpack(key, k);
+      else read4(s.fresh[1] + 4 * lane, k);
+      const float score = warp_sum(dot(q, k)) * rsqrtf((float)HD);
+      if (lane == 0) s.scores[warp] = score;
+    } else if (warp < Q && lane == 0) {
+      s.scores[warp] = -1e30f;
     }
     workers_meet();
-    // A few threads share two outputs: each takes some of the positions.
-    constexpr int sharers = lesser(WORKERS / (SMALL_REPEATS * HD / 2), 4), most = divided(Q, sharers);
-    const int out = tid / sharers, q = tid % sharers, r = out / (HD / 2), dim = 2 * (out % (HD / 2));
-    if (out < SMALL_REPEATS * HD / 2) {
-      float score[most], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
+    // Four threads share two outputs: each takes a quarter of the positions, those that are not there with a weight of zero.
+    constexpr int quarter = Q / 4;
+    if (tid < 4 * HD / 2) {
+      const int dim = 2 * (tid >> 2), first = (tid & 3) * quarter;
+      float score[quarter], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
 #pragma unroll
-      for (int i = 0; i < most; ++i) {
-        score[i] = q + i * sharers <= past ? s.scores[r][q + i * sharers] : -1e30f;
-        top = fmaxf(top, score[i]);
+      for (int i = 0; i < quarter; ++i) score[i] = s.scores[first + i], top = fmaxf(top, score[i]);
+#pragma unroll
+      for (int d = 1; d < 4; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+#pragma unroll
+      for (int i = 0; i < quarter; ++i) {
+        const float by = __expf(score[i] - top);
+        const u32 both = *(const u32*)(s.past_values[first + i] + dim);
+        total += by, x += by * bf_low(both), y += by * bf_high(both);
       }
 #pragma unroll
-      for (int d = 1; d < sharers; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-#pragma unroll
-      for (int i = 0; i < most; ++i)
-        if (q + i * sharers <= past) {
-          const float by = __expf(score[i] - top);
-          const u32 both = *(const u32*)(s.past_values[q + i * sharers] + dim);
-          total += by, x += by * bf_low(both), y += by * bf_high(both);
-        }
-#pragma unroll
-      for (int d = 1; d < sharers; d <<= 1)
+      for (int d = 1; d < 4; d <<= 1)
         total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
       const float by = __fdividef(1.f, total);
-      if (q == 0)
-        send(outbox(number) + (column * PH * HD + (group * SMALL_REPEATS + r) * HD + dim) / 2, number, two_bf(x * by, y * by));
+      if ((tid & 3) == 0) send(outbox(number) + (column * PH * HD + head * HD + dim) / 2, number, two_bf(x * by, y * by));
     }
-    if (column + SLOTS < columns) workers_meet();
+    if (column + SLOTS < COLUMNS) workers_meet();
   }
 }
 
-// The talker's: a warp takes four positions at a time. Shares are joined where they are read.
-__device__ __noinline__ void attend(u32 number, int layer) {
-  constexpr int repeats = H / G, M = 4;
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+// The talker's: a warp takes every sixteenth position, four at a time. Shares are joined where they are read.
+__device__ __noinline__ void attend(int tid, u32 number, int layer) {
+  constexpr int M = 4;
+  const int lane = tid & 31, warp = tid >> 5;
   const Gains<D> gains(given.gains, layer);
-  float* sums = s.attended;                             // [WARPS, repeats, HEAD_PITCH]
-  float* fresh = sums + WARPS * repeats * HEAD_PITCH;   // queries, the new key, the new value
-  float* peaks = fresh + (repeats + 2) * HEAD_PITCH;
-  float* weights = peaks + WARPS * repeats;
+  float* sums = s.attended;                // [WARPS, HEAD_PITCH]
+  float* fresh = sums + WARPS * HEAD_PITCH;  // the query, the new key and the new value, those as bfloat16
+  float* peaks = fresh + 3 * HEAD_PITCH;
+  float* weights = peaks + WARPS;
 #pragma unroll 1
-  for (int unit = blockIdx.x; unit < SLOTS * G * MOST_SPLITS; unit += GRID) {
-    const int split = unit / (SLOTS * G), slot = unit % (SLOTS * G) / G, group = unit % G;
+  for (int unit = blockIdx.x; unit < SLOTS * H * MOST_SPLITS; unit += GRID) {
+    const int split = unit / (SLOTS * H), slot = unit % (SLOTS * H) / H, head = unit % H, group = head / (H / G);
     const int past = length_of(slot), splits = n_splits(past + 1);
     if (split >= splits) continue;
-    const bool last = split == splits - 1;
     const u64 cache = ((u64)(layer * SLOTS + slot) * G + group) * given.capacity * HD + 4 * lane;
-    const int share = divided(divided(past, splits), M) * M, end = min(past, (split + 1) * share);
-    int start = split * share + M * warp;
+    const int share = divided(past + 1, splits), end = min(past + 1, (split + 1) * share);
+    int start = split * share + warp;
     uint2 keys[M], values[M];
+    // All but the newest, which is on its way, are asked for before it is there.
     auto ask = [&]() {
 #pragma unroll
       for (int i = 0; i < M; ++i) {
+        const int position = start + i * WARPS;
         keys[i] = values[i] = make_uint2(0, 0);
-        if (start + i < end) {
-          keys[i] = load8(given.keys + cache + (u64)(start + i) * HD);
-          values[i] = load8(given.values + cache + (u64)(start + i) * HD);
+        if (position < min(end, past)) {
+          keys[i] = load8(given.keys + cache + (u64)position * HD);
+          values[i] = load8(given.values + cache + (u64)position * HD);
         }
       }
     };
     ask();
-    if (warp < repeats + 2) {
-      const Turn turn(warp < repeats ? gains.query : gains.key, given.cos, given.sin, past);
-      const int head = warp < repeats ? group * repeats + warp : H + group + (warp - repeats) * G;
+    if (warp < 3) {
+      const Turn turn(lane, warp == 0 ? gains.query : gains.key, given.cos, given.sin, past);
+      const int row = warp == 0 ? head : H + group + (warp - 1) * G;
       float x[4];
-      unpack(receive(number - 1, slot * QKV_N + head * HD + 4 * lane), x);
-      if (warp <= repeats) turn(x, given.eps);
-      if (last && warp >= repeats) *(uint2*)((warp == repeats ? given.keys : given.values) + cache + (u64)past * HD) = packed(x);
-      *(float4*)(fresh + warp * HEAD_PITCH + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
+      unpack(receive(number - 1, slot * QKV_N + row * HD + 4 * lane), x);
+      if (warp < 2) turn(x, given.eps);
+      if (warp == 0) {
+        *(float4*)(fresh + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
+      } else {
+        *(uint2*)(fresh + warp * HEAD_PITCH + 4 * lane) = packed(x);
+        // One of those that share the key keeps it; nobody reads it before the next frame.
+        if (split == splits - 1 && head % (H / G) == 0) *(uint2*)((warp == 1 ? given.keys : given.values) + cache + (u64)past * HD) = packed(x);
+      }
     }
     workers_meet();
-    float q[repeats][4];
-    Softmax part[repeats];
-#pragma unroll
-    for (int r = 0; r < repeats; ++r) {
-      const float4 v = *(const float4*)(fresh + r * HEAD_PITCH + 4 * lane);
-      q[r][0] = v.x, q[r][1] = v.y, q[r][2] = v.z, q[r][3] = v.w;
-    }
+    float q[4];
+    Softmax part;
+    read4(fresh + 4 * lane, q);
+    const uint2 new_key = *(const uint2*)(fresh + HEAD_PITCH + 4 * lane);
+    const uint2 new_value = *(const uint2*)(fresh + 2 * HEAD_PITCH + 4 * lane);
 #pragma unroll 1
-    while (start < end) {
+    for (bool more = false; start < end; start += M * WARPS, more = true) {
+      if (more) ask();
 #pragma unroll
-      for (int r = 0; r < repeats; ++r) part[r].template add<M>(q[r], keys, values, end - start);
-      start += M * WARPS;
-      ask();
+      for (int i = 0; i < M; ++i)
+        if (start + i * WARPS == past) keys[i] = new_key, values[i] = new_value;
+      part.template add<M>(lane, q, keys, values, divided(end - start, WARPS));
     }
-    if (last && warp == WARPS - 1) {
-      const float4 k4 = *(const float4*)(fresh + repeats * HEAD_PITCH + 4 * lane);
-      const float4 v4 = *(const float4*)(fresh + (repeats + 1) * HEAD_PITCH + 4 * lane);
-      const uint2 new_key[1] = {{two_bf(k4.x, k4.y), two_bf(k4.z, k4.w)}}, new_value[1] = {{two_bf(v4.x, v4.y), two_bf(v4.z, v4.w)}};
-#pragma unroll
-      for (int r = 0; r < repeats; ++r) part[r].template add<1>(q[r], new_key, new_value, 1);
-    }
-#pragma unroll
-    for (int r = 0; r < repeats; ++r) {
-      if (lane == 0) peaks[warp * repeats + r] = part[r].peak, weights[warp * repeats + r] = part[r].weight;
-      *(float4*)(sums + (warp * repeats + r) * HEAD_PITCH + 4 * lane) = make_float4(part[r].o[0], part[r].o[1], part[r].o[2], part[r].o[3]);
-    }
+    if (lane == 0) peaks[warp] = part.peak, weights[warp] = part.weight;
+    *(float4*)(sums + warp * HEAD_PITCH + 4 * lane) = make_float4(part.o[0], part.o[1], part.o[2], part.o[3]);
     workers_meet();
     // Four threads join two outputs of all warps.
-#pragma unroll 1
-    for (int out = tid >> 2; out < repeats * HD / 2; out += WORKERS / 4) {
-      const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), quarter = tid & 3;
+    if (tid < 4 * HD / 2) {
+      const int dim = 2 * (tid >> 2), quarter = tid & 3;
       float peak[WARPS / 4], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
 #pragma unroll
-      for (int i = 0; i < WARPS / 4; ++i) peak[i] = peaks[(quarter + 4 * i) * repeats + r], top = fmaxf(top, peak[i]);
+      for (int i = 0; i < WARPS / 4; ++i) peak[i] = peaks[quarter + 4 * i], top = fmaxf(top, peak[i]);
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
 #pragma unroll
       for (int i = 0; i < WARPS / 4; ++i) {
-        const int w = (quarter + 4 * i) * repeats + r;
+        const int w = quarter + 4 * i;
         const float fade = __expf(peak[i] - top);
         const float2 sum = *(const float2*)(sums + w * HEAD_PITCH + dim);
         total += fade * weights[w], x += fade * sum.x, y += fade * sum.y;
@@ -1117,7 +1187,7 @@ __device__ __noinline__ void attend(u32 number, int layer) {
       for (int d = 1; d < 4; d <<= 1)
         total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
       const float by = __fdividef(1.f, total);
-      const int at = (slot * H + group * repeats + r) * MOST_SPLITS + split;
+      const int at = (slot * H + head) * MOST_SPLITS + split;
       if (quarter == 0) {
         store(given.parts + (u64)at * (HD / 2) + dim / 2, make_uint2(two_bf(x * by, y * by), number));
         if (dim == 0) store(given.part_weights + (u64)at * 2, make_uint4(__float_as_uint(top), number, __float_as_uint(total), number));
@@ -1129,39 +1199,44 @@ __device__ __noinline__ void attend(u32 number, int layer) {
 
 // ---- the predictor ----
 
-__device__ __forceinline__ Place predict(Place place, u32& exchange) {
+// A step: the first has two rows a slot.
+template <int COLUMNS>
+__device__ __forceinline__ Place predict(Place place, u32& exchange, int codebook) {
 #pragma unroll 1
-  for (int codebook = 1; codebook < Q; ++codebook) {
-    const int both = codebook == 1, columns = SLOTS << both, log = log2_of(SLOTS) + both;
-#pragma unroll 1
-    for (int layer = 0; layer < PL; ++layer) {
-      const Gains<E> gains(given.small_gains, layer);
-      place = product<SMALL_QKV>(place, {log, 0, layer == 0, codebook, gains.attention}, ++exchange, ROUNDED, given.small_eps);
-      ++exchange;
-      if (blockIdx.x < SLOTS * PG) attend_small(columns, exchange, layer, both ? 0 : codebook);
-      mark(6);
-      place = product<SMALL_OUT>(place, {log}, ++exchange, ONTO_STREAM, 0.f);
-      place = product<SMALL_GATE_UP>(place, {log, 0, false, 0, gains.mlp}, ++exchange, ROUNDED, given.small_eps);
-      place = product<SMALL_DOWN>(place, {log}, ++exchange, ONTO_STREAM, 0.f);
-    }
-    const u16* gain = Gains<E>(given.small_gains, PL).attention;
-    place = product<HEAD>(place, {log2_of(SLOTS), columns - SLOTS, false, 0, gain}, ++exchange, ROUNDED, given.small_eps);
-    sample<W, false>(exchange, codebook);
+  for (int layer = 0; layer < PL; ++layer) {
+    const Gains<E> gains(given.small_gains, layer);
+    place = product<SMALL_QKV, COLUMNS>(place, {gains.attention, layer == 0, codebook}, ++exchange, given.small_eps);
+    ++exchange;
+    if (blockIdx.x < SLOTS * PH) attend_small<COLUMNS>(place.tid, exchange, layer, COLUMNS > SLOTS ? 0 : codebook);
+    mark(6);
+    place = product<SMALL_OUT, COLUMNS>(place, {}, ++exchange, 0.f);
+    place = product<SMALL_GATE_UP, COLUMNS>(place, {gains.mlp}, ++exchange, given.small_eps);
+    place = product<SMALL_DOWN, COLUMNS>(place, {}, ++exchange, 0.f);
   }
+  const u16* gain = Gains<E>(given.small_gains, PL).attention;
+  place = product<HEAD, SLOTS>(place, {gain, false, 0, COLUMNS - SLOTS}, ++exchange, given.small_eps);
+  sample<W, false>(place.tid, exchange, codebook);
   return place;
 }
 
 // ---- the talker ----
 
 // Joins the shares of all heads into s.x.
-__device__ __forceinline__ void stage_attended(u32 number) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+__device__ __forceinline__ void stage_attended(int tid, u32 number) {
+  const int lane = tid & 31, warp = tid >> 5;
 #pragma unroll 1
   for (int unit = warp; unit < SLOTS * H; unit += WARPS) {
     const int slot = unit / H, head = unit % H, splits = n_splits(length_of(slot) + 1);
     const u64 at = (u64)unit * MOST_SPLITS;
     const u64* parts = given.parts + at * (HD / 2) + 2 * lane;
     uint2 got[1];
+    if (splits == 1) {
+      const u64* const whole[1] = {parts};
+      const bool always[1] = {true};
+      receive<1>(got, whole, always, number);
+      put<OUT>(tid, slot, head * HD + 4 * lane, got[0]);
+      continue;
+    }
     const u64* const weights[1] = {given.part_weights + (at + min(lane, splits - 1)) * 2};
     const bool always[1] = {true};
     receive<1>(got, weights, always, number);
@@ -1188,26 +1263,25 @@ __device__ __forceinline__ void stage_attended(u32 number) {
         for (int j = 0; j < 4; ++j) o[j] += by * y[j];
       }
     }
-    put<OUT>(slot, head * HD + 4 * lane, packed(o));
+    put<OUT>(tid, slot, head * HD + 4 * lane, packed(o));
   }
   // Where a warp multiplies another's head.
   if constexpr (!Share<OUT>::HEADS) workers_meet();
 }
 
 __device__ __forceinline__ Place talk(Place place, u32& exchange) {
-  constexpr int log = log2_of(SLOTS);
   int splits = 0;
   for (int slot = 0; slot < SLOTS; ++slot) splits = max(splits, n_splits(length_of(slot) + 1));
 #pragma unroll 1
   for (int layer = 0; layer < L; ++layer) {
     const Gains<D> gains(given.gains, layer);
-    place = product<QKV>(place, {log, 0, layer == 0, 0, gains.attention}, ++exchange, ROUNDED, given.eps);
+    place = product<QKV, SLOTS>(place, {gains.attention, layer == 0}, ++exchange, given.eps);
     ++exchange;
-    if (blockIdx.x < SLOTS * G * splits) attend(exchange, layer);
+    if (blockIdx.x < SLOTS * H * splits) attend(place.tid, exchange, layer);
     mark(6);
-    place = product<OUT>(place, {log}, ++exchange, ONTO_STREAM, 0.f);
-    place = product<GATE_UP>(place, {log, 0, false, 0, gains.mlp}, ++exchange, ROUNDED, given.eps);
-    place = product<DOWN>(place, {log}, ++exchange, ONTO_STREAM, 0.f);
+    place = product<OUT, SLOTS>(place, {}, ++exchange, 0.f);
+    place = product<GATE_UP, SLOTS>(place, {gains.mlp}, ++exchange, given.eps);
+    place = product<DOWN, SLOTS>(place, {}, ++exchange, 0.f);
   }
   return place;
 }
@@ -1245,7 +1319,7 @@ __device__ __forceinline__ void conclude(u32 number) {
 // ---- the frame ----
 
 __device__ __forceinline__ void feed_all() {
-  Place place;
+  Place place{thread()};
   const u64 once = leaves_first(), small = PREDICTOR_INT4 ? leaves_last() : once;
   constexpr int LAYERS = 1 + PROJECTED, HEADS = LAYERS + 4 * PL, TALKER = HEADS + Q - 1;
   place = feed(place, HEAD0, 0, once);
@@ -1268,8 +1342,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) frame(const __grid_cons
       set_up(&s.empty[i], WARPS);
     }
     all_set_up();
-    s.n_marks = 0, s.ring_waits = 0, s.nibbles = 0x000f000fu;
+    s.n_marks = 0, s.ring_waits = 0, s.nibbles = 0x0f0f0f0fu;
   }
+  for (int i = tid; i < sizeof(s.past_values) / 4; i += THREADS) ((u32*)s.past_values)[i] = 0;
   for (int i = tid; i < sizeof(Arguments) / 8; i += THREADS) ((u64*)&given)[i] = ((const u64*)&arguments)[i];
   if (tid < SLOTS) s.frame[tid] = arguments.frame[tid], s.alive[tid] = arguments.alive[tid], s.prompt[tid] = arguments.prompt[tid];
   __syncthreads();
@@ -1278,14 +1353,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) frame(const __grid_cons
     return;
   }
   mark(0);
-  Place place;
+  Place place{thread()};
   u32 exchange = *given.exchange;
-  place = product<HEAD0>(place, {log2_of(SLOTS)}, ++exchange, ROUNDED, 0.f);
+  place = product<HEAD0, SLOTS>(place, {}, ++exchange, 0.f);
   const u32 logits = exchange;
   // Of the same rows.
-  if constexpr (PROJECTED) place = product<PROJECTION>(place, {log2_of(SLOTS)}, ++exchange, WITH_BIAS, 0.f);
-  sample<V, true>(logits, 0);
-  place = predict(place, exchange);
+  if constexpr (PROJECTED) place = product<PROJECTION, SLOTS>(place, {}, ++exchange, 0.f);
+  sample<V, true>(place.tid, logits, 0);
+  place = predict<2 * SLOTS>(place, exchange, 1);
+#pragma unroll 1
+  for (int codebook = 2; codebook < Q; ++codebook) place = predict<SLOTS>(place, exchange, codebook);
   talk(place, exchange);
   if (blockIdx.x != 0) return;
   conclude(exchange);

@@ -8,6 +8,13 @@ typedef unsigned char u8;
 extern __shared__ __align__(128) u8 memory[];
 
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
+// A thread's number as something that the compiler keeps.
+__device__ __forceinline__ int thread() {
+  int r;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ void count(u32* shared) { atomicAdd(shared, 1u); }
 __device__ __forceinline__ void barrier(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 __device__ __forceinline__ u64 nanoseconds() {
   u64 r;
@@ -31,6 +38,11 @@ __device__ __forceinline__ float half(u16 x) {
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// c [16, 8] += a [16, 32] b [32, 8]: unsigned and signed bytes in, whole numbers out.
+__device__ __forceinline__ void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // ---- global memory that other blocks write while the kernel runs ----
