@@ -59,6 +59,7 @@ struct Shape {
   }
 };
 
+constexpr int SMALL_REPEATS = PH / PG;
 enum { HEAD0, PROJECTION, QKV, OUT, GATE_UP, DOWN, SMALL_QKV, SMALL_OUT, SMALL_GATE_UP, SMALL_DOWN, HEAD, SHAPES };
 constexpr int QKV_N = (H + 2 * G) * HD, SMALL_QKV_N = (PH + 2 * PG) * HD;
 constexpr Shape shape_of(int which) {
@@ -106,10 +107,11 @@ constexpr bool all_take_part() {
   return true;
 }
 static_assert(all_fit(), "rows must split evenly");
-static_assert(Q % 4 == 0 && Q <= WARPS, "a warp takes a position");
+static_assert(Q % 4 == 0 && SMALL_REPEATS * HD / 2 % (WORKERS / 4) == 0, "warps are busy as a whole");
+static_assert(BINS == WORKERS, "each wipes one");
 static_assert(SLOTS == 1 || SLOTS == 2, "two columns a row, of eight, and two rows a slot");
 static_assert(all_take_part(), "too few rows for so many blocks");
-static_assert(SLOTS * PH <= GRID, "a block takes a head");
+static_assert(SLOTS * PG <= GRID, "a block takes a head");
 
 constexpr int TABLE_ROOM = divided(most_tables(), 128) * 128;
 constexpr int ROW_ROOM = SLOT_BYTES + 16 * PAD;
@@ -118,7 +120,7 @@ constexpr int WIDEST = greater(greater(greater(D, I), H * HD) * SLOTS, greater(g
 constexpr int WIDE_D = greater(D * SLOTS, E * COLS);
 constexpr int RED_PITCH = 20;  // floats between sums of a warp each: eight rows meet eight banks
 constexpr int HEAD_PITCH = HD + 4;
-constexpr int ATTENDED = (WARPS + 3) * HEAD_PITCH + 2 * WARPS;
+constexpr int ATTENDED = (WARPS + 1) * (H / G) * HEAD_PITCH + 2 * HEAD_PITCH + 2 * WARPS * (H / G);
 
 struct Weight { const u8* values; const u8* scales; const u8* zeros; };
 constexpr int WEIGHTS = 1 + PROJECTED + 4 * PL + (Q - 1) + 4 * L;
@@ -162,8 +164,8 @@ struct Shared {
     alignas(16) float attended[ATTENDED];  // between two products
   };
   alignas(16) u16 raw[2][WIDE_D];     // the residual stream as it came into attention, and into the MLP
-  alignas(16) float fresh[2][HD];   // of the predictor's attention: the query, the new key
-  alignas(16) float scores[Q];
+  alignas(16) float fresh[SMALL_REPEATS + 1][HD];   // of the predictor's attention: queries, the new key
+  alignas(16) float scores[SMALL_REPEATS][Q];
   alignas(16) u16 past_values[Q][HD];  // numbers from the start
   float squares[2][COLS][WARPS];
   alignas(8) float2 scales[WIDEST / GROUP];
@@ -199,10 +201,6 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 __device__ __forceinline__ void unpack(uint2 four, float (&x)[4]) {
   x[0] = bf_low(four.x), x[1] = bf_high(four.x), x[2] = bf_low(four.y), x[3] = bf_high(four.y);
-}
-__device__ __forceinline__ void read4(const float* from, float (&x)[4]) {
-  const float4 four = *(const float4*)from;
-  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
 }
 __device__ __forceinline__ uint2 packed(const float (&x)[4]) { return make_uint2(two_bf(x[0], x[1]), two_bf(x[2], x[3])); }
 __device__ __forceinline__ float dot(const float (&p)[4], const float (&q)[4]) {
@@ -728,9 +726,8 @@ __device__ __forceinline__ float stage(const Rows& rows, int tid, int turn, u32 
 // What turns a head to ``position``: four values a lane each of the norm's gain, the cosine and the sine.
 struct Turn {
   uint2 gain, cos, sin;
-  int lane;
-  __device__ __forceinline__ Turn(int lane, const u16* gains, const u16* cosines, const u16* sines, int position) : lane(lane) {
-    const int at = position * (HD / 2) + 4 * (lane & 15);
+  __device__ __forceinline__ Turn(const u16* gains, const u16* cosines, const u16* sines, int position) {
+    const int lane = threadIdx.x & 31, at = position * (HD / 2) + 4 * (lane & 15);
     gain = load8(gains + 4 * lane), cos = load8(cosines + at), sin = load8(sines + at);
   }
   // Norms and turns, and rounds as the cache does.
@@ -743,14 +740,15 @@ struct Turn {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float mine = x[i] * rstd * by[i], other = __shfl_xor_sync(~0u, mine, 16);
-      x[i] = rounded(mine * c[i] + ((lane & 16) ? other : -other) * n[i]);
+      x[i] = rounded(mine * c[i] + ((threadIdx.x & 16) ? other : -other) * n[i]);
     }
   }
 };
 
 // The sums over all lanes of M values each, a power of two: a lane gets that of value ``lane / (32 / M)``.
 template <int M>
-__device__ __forceinline__ float warp_sums(int lane, float (&x)[M]) {
+__device__ __forceinline__ float warp_sums(float (&x)[M]) {
+  const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int m = M / 2, d = 16; m; m >>= 1, d >>= 1)
 #pragma unroll
@@ -769,8 +767,8 @@ struct Softmax {
   float peak = -1e30f, weight = 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
   // M scores and what they weigh; those beyond ``n`` do not count.
   template <int M>
-  __device__ __forceinline__ void add(int lane, const float (&q)[4], const uint2 (&keys)[M], const uint2 (&values)[M], int n) {
-    const int which = lane / (32 / M);
+  __device__ __forceinline__ void add(const float (&q)[4], const uint2 (&keys)[M], const uint2 (&values)[M], int n) {
+    const int which = (threadIdx.x & 31) / (32 / M);
     float score[M];
 #pragma unroll
     for (int i = 0; i < M; ++i) {
@@ -778,7 +776,7 @@ struct Softmax {
       unpack(keys[i], x);
       score[i] = dot(q, x);
     }
-    float own = warp_sums<M>(lane, score) * rsqrtf((float)HD);
+    float own = warp_sums<M>(score) * rsqrtf((float)HD);
     if (which >= n) own = -1e30f;
     float risen = fmaxf(peak, own);
 #pragma unroll
@@ -820,33 +818,33 @@ __device__ __forceinline__ int ordered(float x) {
 }
 
 // A number of each warp: a lane gets that of the warp it is named for, later ones zero.
-__device__ __forceinline__ int of_warps(int tid, int& round, int mine) {
+__device__ __forceinline__ int of_warps(int& round, int mine) {
   int* at = s.counts[round++ & 3];
-  const int lane = tid & 31;
-  if (lane == 0) at[tid >> 5] = mine;
+  const int lane = threadIdx.x & 31;
+  if (lane == 0) at[threadIdx.x >> 5] = mine;
   workers_meet();
   return lane < WARPS ? at[lane] : 0;
 }
-__device__ __forceinline__ int highest(int tid, int& round, int x) {
-  x = of_warps(tid, round, __reduce_max_sync(~0u, x));
-  return __reduce_max_sync(~0u, (tid & 31) < WARPS ? x : (int)0x80000000);
+__device__ __forceinline__ int highest(int& round, int x) {
+  x = of_warps(round, __reduce_max_sync(~0u, x));
+  return __reduce_max_sync(~0u, (threadIdx.x & 31) < WARPS ? x : (int)0x80000000);
 }
 // The sum of all lanes' up to this one.
-__device__ __forceinline__ int upto(int lane, int x) {
+__device__ __forceinline__ int upto(int x) {
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
     const int y = __shfl_up_sync(~0u, x, d);
-    if (lane >= d) x += y;
+    if ((threadIdx.x & 31) >= d) x += y;
   }
   return x;
 }
 
 // Draws a code in [0, IDS) for each slot into s.code[slot][codebook]; the likeliest first, equal ones from the lowest id.
 template <int IDS, bool FIRST>
-__device__ __noinline__ void sample(int tid, u32 number, int codebook) {
+__device__ __noinline__ void sample(u32 number, int codebook) {
   constexpr int PER = 4 * divided(IDS, 4 * WORKERS), FOURS = PER / 4;
   static_assert(IDS % PER == 0 && 32 * PER < 1024, "ids are dealt to threads, four at a time, and counted in ten bits a warp");
-  const int lane = tid & 31, warp = tid >> 5;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const bool has = tid < IDS / PER;
 #pragma unroll 1
   for (int slot = 0; slot < SLOTS; ++slot) {
@@ -880,7 +878,7 @@ __device__ __noinline__ void sample(int tid, u32 number, int codebook) {
       int key = 0x80000000;
 #pragma unroll
       for (int i = 0; i < PER; ++i) key = max(key, ordered(has ? x[i] : LEAST));
-      key = highest(tid, round, key);
+      key = highest(round, key);
       const float peak = __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF));
       float sum = 0.f, stop = 0.f;
 #pragma unroll
@@ -889,7 +887,7 @@ __device__ __noinline__ void sample(int tid, u32 number, int codebook) {
         sum += e;
         if (tid * PER + i == given.stop_id) stop = e;
       }
-      sum = warp_sum(__int_as_float(of_warps(tid, round, __float_as_int(warp_sum(sum)))));
+      sum = warp_sum(__int_as_float(of_warps(round, __float_as_int(warp_sum(sum)))));
       if (given.stop_id / PER == tid && blockIdx.x == 0) given.stops[min(frame, given.capacity - 1) * SLOTS + slot] = __fdividef(stop, sum);
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
@@ -912,7 +910,7 @@ __device__ __noinline__ void sample(int tid, u32 number, int codebook) {
       const int key = has ? ordered(x[i]) >> SHIFT : 0x80000000;
       below[i] = (u32)key, high = max(high, key);
     }
-    high = highest(tid, round, high);
+    high = highest(round, high);
 #pragma unroll
     for (int i = 0; i < PER; ++i) below[i] = !has || x[i] == -__int_as_float(0x7f800000) ? NEVER : (u32)high - below[i];
     // How many are how far below is counted in bins, first of a bfloat16's step each: the k-th is in the one where the count
@@ -936,7 +934,7 @@ __device__ __noinline__ void sample(int tid, u32 number, int codebook) {
           bins[4 * i] = four.x, bins[4 * i + 1] = four.y, bins[4 * i + 2] = four.z, bins[4 * i + 3] = four.w;
           all += (four.x + four.y) + (four.z + four.w);
         }
-        const int sum = n_above + upto(lane, all);
+        const int sum = n_above + upto(all);
         int before = sum - all, bin = 0, n_before = before, n_in = 0;
         if (lane == 31 && sum < k) s.cut = make_uint4(0, 0, 0, 0);
         if (before < k && k <= sum) {
@@ -971,7 +969,7 @@ __device__ __noinline__ void sample(int tid, u32 number, int codebook) {
       lower += __popc(is_above & under) | __popc(is_level & under) << 16;
       mine += __popc(is_above) | __popc(is_level) << 16;
     }
-    const u32 of_warp = (u32)of_warps(tid, round, (int)mine);
+    const u32 of_warp = (u32)of_warps(round, (int)mine);
     lower += __reduce_add_sync(~0u, lane < warp ? of_warp : 0u);
     int above = lower & 0xffff, level = n_above + (lower >> 16);
 #pragma unroll
@@ -988,15 +986,15 @@ __device__ __noinline__ void sample(int tid, u32 number, int codebook) {
 #pragma unroll 1
     for (int first = 4 * warp; first < n; first += 4 * WARPS) {
       const int candidate = first + (lane >> 3);
-      const u64 mine = s.kept[candidate];
+      const u64 own = s.kept[candidate];
       int rank = 0;
 #pragma unroll 4
-      for (int j = lane & 7; j < n; j += 8) rank += s.kept[j] > mine;
+      for (int j = lane & 7; j < n; j += 8) rank += s.kept[j] > own;
 #pragma unroll
       for (int d = 1; d < 8; d <<= 1) rank += __shfl_xor_sync(~0u, rank, d);
-      const int bits = (int)((u32)(mine >> 32) ^ 0x80000000u);
+      const int bits = (int)((u32)(own >> 32) ^ 0x80000000u);
       if ((lane & 7) == 0 && candidate < n && rank < k)
-        s.sorted[rank] = __int_as_float(bits ^ ((bits >> 31) & 0x7FFFFFFF)), s.sorted_ids[rank] = (int)~(u32)mine;
+        s.sorted[rank] = __int_as_float(bits ^ ((bits >> 31) & 0x7FFFFFFF)), s.sorted_ids[rank] = (int)~(u32)own;
     }
     workers_meet();
     if (warp == 0) {
@@ -1039,55 +1037,73 @@ __device__ __noinline__ void sample(int tid, u32 number, int codebook) {
 __device__ __forceinline__ int length_of(int slot) { return min(s.prompt[slot] + s.frame[slot], given.capacity - 1); }
 __device__ __forceinline__ int n_splits(int length) { return greater(1, lesser(MOST_SPLITS, divided(length, SHARE))); }
 
-// The predictor's: a warp takes a position. Blocks that have a head call it; those that share a key write the same.
+// The predictor's: a warp takes a position or two. Blocks that have a head call it.
 template <int COLUMNS>
-__device__ __noinline__ void attend_small(int tid, u32 number, int layer, int given_past) {
-  const int lane = tid & 31, warp = tid >> 5, slot = blockIdx.x / PH, head = blockIdx.x % PH, group = head / (PH / PG);
+__device__ __noinline__ void attend_small(u32 number, int layer, int given_past) {
+  constexpr int each = divided(Q, WARPS);
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, slot = blockIdx.x / PG, group = blockIdx.x % PG;
   const Gains<E> gains(given.small_gains, layer);
   const u64 cache = ((u64)(layer * SLOTS + slot) * PG + group) * Q * HD + 4 * lane;
 #pragma unroll 1
   for (int column = slot; column < COLUMNS; column += SLOTS) {
     const int past = given_past + column / SLOTS;
-    uint2 key, value;
-    if (warp < past) {
-      key = load8(given.small_keys + cache + warp * HD);
-      value = load8(given.small_values + cache + warp * HD);
-    }
-    if (warp < 3) {
-      const Turn turn(lane, warp == 0 ? gains.query : gains.key, given.small_cos, given.small_sin, past);
-      const int row = warp == 0 ? head : PH + group + (warp - 1) * PG;
-      const uint2 four = receive(number - 1, column * SMALL_QKV_N + row * HD + 4 * lane);
-      if (warp == 2) {
+    uint2 key[each], value[each];
+#pragma unroll
+    for (int i = 0; i < each; ++i)
+      if (warp + i * WARPS < past) {
+        key[i] = load8(given.small_keys + cache + (warp + i * WARPS) * HD);
+        value[i] = load8(given.small_values + cache + (warp + i * WARPS) * HD);
+      }
+    if (warp < SMALL_REPEATS + 2) {
+      const Turn turn(warp < SMALL_REPEATS ? gains.query : gains.key, given.small_cos, given.small_sin, past);
+      const int head = warp < SMALL_REPEATS ? group * SMALL_REPEATS + warp : PH + group + (warp - SMALL_REPEATS) * PG;
+      const uint2 four = receive(number - 1, column * SMALL_QKV_N + head * HD + 4 * lane);
+      if (warp == SMALL_REPEATS + 1) {
         *(uint2*)(given.small_values + cache + past * HD) = four;
         *(uint2*)(s.past_values[past] + 4 * lane) = four;
       } else {
         float x[4];
         unpack(four, x);
         turn(x, given.small_eps);
-        if (warp == 1) *(uint2*)(given.small_keys + cache + past * HD) = packed(x);
+        if (warp == SMALL_REPEATS) *(uint2*)(given.small_keys + cache + past * HD) = packed(x);
         *(float4*)(s.fresh[warp] + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
       }
     }
-    if (warp < past) *(uint2*)(s.past_values[warp] + 4 * lane) = value;
+#pragma unroll
+    for (int i = 0; i < each; ++i)
+      if (warp + i * WARPS < past) *(uint2*)(s.past_values[warp + i * WARPS] + 4 * lane) = value[i];
     workers_meet();
-    if (warp <= past) {
-      float k[4], q[4];
-      read4(s.fresh[0] + 4 * lane, q);
-      if (warp < past) unpack(key, k);
-      else read4(s.fresh[1] + 4 * lane, k);
-      const float score = warp_sum(dot(q, k)) * rsqrtf((float)HD);
-      if (lane == 0) s.scores[warp] = score;
-    } else if (warp < Q && lane == 0) {
-      s.scores[warp] = -1e30f;
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      const int position = warp + i * WARPS;
+      if (position > past) {
+        if (position < Q && lane < SMALL_REPEATS) s.scores[lane][position] = -1e30f;
+        continue;
+      }
+      float k[4], score[SMALL_REPEATS];
+      if (position < past) {
+        unpack(key[i], k);
+      } else {
+        const float4 fresh = *(const float4*)(s.fresh[SMALL_REPEATS] + 4 * lane);
+        k[0] = fresh.x, k[1] = fresh.y, k[2] = fresh.z, k[3] = fresh.w;
+      }
+#pragma unroll
+      for (int r = 0; r < SMALL_REPEATS; ++r) {
+        const float4 q = *(const float4*)(s.fresh[r] + 4 * lane);
+        score[r] = q.x * k[0] + q.y * k[1] + q.z * k[2] + q.w * k[3];
+      }
+      const float sum = warp_sums<SMALL_REPEATS>(score) * rsqrtf((float)HD);
+      if (lane % (32 / SMALL_REPEATS) == 0) s.scores[lane / (32 / SMALL_REPEATS)][position] = sum;
     }
     workers_meet();
     // Four threads share two outputs: each takes a quarter of the positions, those that are not there with a weight of zero.
     constexpr int quarter = Q / 4;
-    if (tid < 4 * HD / 2) {
-      const int dim = 2 * (tid >> 2), first = (tid & 3) * quarter;
+#pragma unroll 1
+    for (int out = tid >> 2; out < SMALL_REPEATS * HD / 2; out += WORKERS / 4) {
+      const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), first = (tid & 3) * quarter;
       float score[quarter], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
 #pragma unroll
-      for (int i = 0; i < quarter; ++i) score[i] = s.scores[first + i], top = fmaxf(top, score[i]);
+      for (int i = 0; i < quarter; ++i) score[i] = s.scores[r][first + i], top = fmaxf(top, score[i]);
 #pragma unroll
       for (int d = 1; d < 4; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
 #pragma unroll
@@ -1100,26 +1116,28 @@ __device__ __noinline__ void attend_small(int tid, u32 number, int layer, int gi
       for (int d = 1; d < 4; d <<= 1)
         total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
       const float by = __fdividef(1.f, total);
-      if ((tid & 3) == 0) send(outbox(number) + (column * PH * HD + head * HD + dim) / 2, number, two_bf(x * by, y * by));
+      if ((tid & 3) == 0)
+        send(outbox(number) + (column * PH * HD + (group * SMALL_REPEATS + r) * HD + dim) / 2, number, two_bf(x * by, y * by));
     }
     if (column + SLOTS < COLUMNS) workers_meet();
   }
 }
 
 // The talker's: a warp takes every sixteenth position, four at a time. Shares are joined where they are read.
-__device__ __noinline__ void attend(int tid, u32 number, int layer) {
-  constexpr int M = 4;
-  const int lane = tid & 31, warp = tid >> 5;
+__device__ __noinline__ void attend(u32 number, int layer) {
+  constexpr int repeats = H / G, M = 4;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const Gains<D> gains(given.gains, layer);
-  float* sums = s.attended;                // [WARPS, HEAD_PITCH]
-  float* fresh = sums + WARPS * HEAD_PITCH;  // the query, the new key and the new value, those as bfloat16
-  float* peaks = fresh + 3 * HEAD_PITCH;
-  float* weights = peaks + WARPS;
+  float* sums = s.attended;                             // [WARPS, repeats, HEAD_PITCH]
+  float* fresh = sums + WARPS * repeats * HEAD_PITCH;   // queries, the new key, the new value
+  float* peaks = fresh + (repeats + 2) * HEAD_PITCH;
+  float* weights = peaks + WARPS * repeats;
 #pragma unroll 1
-  for (int unit = blockIdx.x; unit < SLOTS * H * MOST_SPLITS; unit += GRID) {
-    const int split = unit / (SLOTS * H), slot = unit % (SLOTS * H) / H, head = unit % H, group = head / (H / G);
+  for (int unit = blockIdx.x; unit < SLOTS * G * MOST_SPLITS; unit += GRID) {
+    const int split = unit / (SLOTS * G), slot = unit % (SLOTS * G) / G, group = unit % G;
     const int past = length_of(slot), splits = n_splits(past + 1);
     if (split >= splits) continue;
+    const bool last = split == splits - 1;
     const u64 cache = ((u64)(layer * SLOTS + slot) * G + group) * given.capacity * HD + 4 * lane;
     const int share = divided(past + 1, splits), end = min(past + 1, (split + 1) * share);
     int start = split * share + warp;
@@ -1137,48 +1155,53 @@ __device__ __noinline__ void attend(int tid, u32 number, int layer) {
       }
     };
     ask();
-    if (warp < 3) {
-      const Turn turn(lane, warp == 0 ? gains.query : gains.key, given.cos, given.sin, past);
-      const int row = warp == 0 ? head : H + group + (warp - 1) * G;
+    if (warp < repeats + 2) {
+      const Turn turn(warp < repeats ? gains.query : gains.key, given.cos, given.sin, past);
+      const int head = warp < repeats ? group * repeats + warp : H + group + (warp - repeats) * G;
       float x[4];
-      unpack(receive(number - 1, slot * QKV_N + row * HD + 4 * lane), x);
-      if (warp < 2) turn(x, given.eps);
-      if (warp == 0) {
-        *(float4*)(fresh + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
-      } else {
-        *(uint2*)(fresh + warp * HEAD_PITCH + 4 * lane) = packed(x);
-        // One of those that share the key keeps it; nobody reads it before the next frame.
-        if (split == splits - 1 && head % (H / G) == 0) *(uint2*)((warp == 1 ? given.keys : given.values) + cache + (u64)past * HD) = packed(x);
-      }
+      unpack(receive(number - 1, slot * QKV_N + head * HD + 4 * lane), x);
+      if (warp <= repeats) turn(x, given.eps);
+      if (last && warp >= repeats) *(uint2*)((warp == repeats ? given.keys : given.values) + cache + (u64)past * HD) = packed(x);
+      if (warp >= repeats) *(uint2*)(fresh + warp * HEAD_PITCH + 4 * lane) = packed(x);
+      else *(float4*)(fresh + warp * HEAD_PITCH + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
     }
     workers_meet();
-    float q[4];
-    Softmax part;
-    read4(fresh + 4 * lane, q);
-    const uint2 new_key = *(const uint2*)(fresh + HEAD_PITCH + 4 * lane);
-    const uint2 new_value = *(const uint2*)(fresh + 2 * HEAD_PITCH + 4 * lane);
+    float q[repeats][4];
+    Softmax part[repeats];
+#pragma unroll
+    for (int r = 0; r < repeats; ++r) {
+      const float4 v = *(const float4*)(fresh + r * HEAD_PITCH + 4 * lane);
+      q[r][0] = v.x, q[r][1] = v.y, q[r][2] = v.z, q[r][3] = v.w;
+    }
+    const uint2 new_key = *(const uint2*)(fresh + repeats * HEAD_PITCH + 4 * lane);
+    const uint2 new_value = *(const uint2*)(fresh + (repeats + 1) * HEAD_PITCH + 4 * lane);
 #pragma unroll 1
     for (bool more = false; start < end; start += M * WARPS, more = true) {
       if (more) ask();
 #pragma unroll
       for (int i = 0; i < M; ++i)
         if (start + i * WARPS == past) keys[i] = new_key, values[i] = new_value;
-      part.template add<M>(lane, q, keys, values, divided(end - start, WARPS));
+#pragma unroll
+      for (int r = 0; r < repeats; ++r) part[r].template add<M>(q[r], keys, values, divided(end - start, WARPS));
     }
-    if (lane == 0) peaks[warp] = part.peak, weights[warp] = part.weight;
-    *(float4*)(sums + warp * HEAD_PITCH + 4 * lane) = make_float4(part.o[0], part.o[1], part.o[2], part.o[3]);
+#pragma unroll
+    for (int r = 0; r < repeats; ++r) {
+      if (lane == 0) peaks[warp * repeats + r] = part[r].peak, weights[warp * repeats + r] = part[r].weight;
+      *(float4*)(sums + (warp * repeats + r) * HEAD_PITCH + 4 * lane) = make_float4(part[r].o[0], part[r].o[1], part[r].o[2], part[r].o[3]);
+    }
     workers_meet();
     // Four threads join two outputs of all warps.
-    if (tid < 4 * HD / 2) {
-      const int dim = 2 * (tid >> 2), quarter = tid & 3;
+#pragma unroll 1
+    for (int out = tid >> 2; out < repeats * HD / 2; out += WORKERS / 4) {
+      const int r = out / (HD / 2), dim = 2 * (out % (HD / 2)), quarter = tid & 3;
       float peak[WARPS / 4], top = -1e30f, total = 0.f, x = 0.f, y = 0.f;
 #pragma unroll
-      for (int i = 0; i < WARPS / 4; ++i) peak[i] = peaks[quarter + 4 * i], top = fmaxf(top, peak[i]);
+      for (int i = 0; i < WARPS / 4; ++i) peak[i] = peaks[(quarter + 4 * i) * repeats + r], top = fmaxf(top, peak[i]);
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
 #pragma unroll
       for (int i = 0; i < WARPS / 4; ++i) {
-        const int w = quarter + 4 * i;
+        const int w = (quarter + 4 * i) * repeats + r;
         const float fade = __expf(peak[i] - top);
         const float2 sum = *(const float2*)(sums + w * HEAD_PITCH + dim);
         total += fade * weights[w], x += fade * sum.x, y += fade * sum.y;
@@ -1187,7 +1210,7 @@ __device__ __noinline__ void attend(int tid, u32 number, int layer) {
       for (int d = 1; d < 4; d <<= 1)
         total += __shfl_xor_sync(~0u, total, d), x += __shfl_xor_sync(~0u, x, d), y += __shfl_xor_sync(~0u, y, d);
       const float by = __fdividef(1.f, total);
-      const int at = (slot * H + head) * MOST_SPLITS + split;
+      const int at = (slot * H + group * repeats + r) * MOST_SPLITS + split;
       if (quarter == 0) {
         store(given.parts + (u64)at * (HD / 2) + dim / 2, make_uint2(two_bf(x * by, y * by), number));
         if (dim == 0) store(given.part_weights + (u64)at * 2, make_uint4(__float_as_uint(top), number, __float_as_uint(total), number));
@@ -1207,7 +1230,7 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange, int codeboo
     const Gains<E> gains(given.small_gains, layer);
     place = product<SMALL_QKV, COLUMNS>(place, {gains.attention, layer == 0, codebook}, ++exchange, given.small_eps);
     ++exchange;
-    if (blockIdx.x < SLOTS * PH) attend_small<COLUMNS>(place.tid, exchange, layer, COLUMNS > SLOTS ? 0 : codebook);
+    if (blockIdx.x < SLOTS * PG) attend_small<COLUMNS>(exchange, layer, COLUMNS > SLOTS ? 0 : codebook);
     mark(6);
     place = product<SMALL_OUT, COLUMNS>(place, {}, ++exchange, 0.f);
     place = product<SMALL_GATE_UP, COLUMNS>(place, {gains.mlp}, ++exchange, given.small_eps);
@@ -1215,7 +1238,7 @@ __device__ __forceinline__ Place predict(Place place, u32& exchange, int codeboo
   }
   const u16* gain = Gains<E>(given.small_gains, PL).attention;
   place = product<HEAD, SLOTS>(place, {gain, false, 0, COLUMNS - SLOTS}, ++exchange, given.small_eps);
-  sample<W, false>(place.tid, exchange, codebook);
+  sample<W, false>(exchange, codebook);
   return place;
 }
 
@@ -1277,7 +1300,7 @@ __device__ __forceinline__ Place talk(Place place, u32& exchange) {
     const Gains<D> gains(given.gains, layer);
     place = product<QKV, SLOTS>(place, {gains.attention, layer == 0}, ++exchange, given.eps);
     ++exchange;
-    if (blockIdx.x < SLOTS * H * splits) attend(place.tid, exchange, layer);
+    if (blockIdx.x < SLOTS * G * splits) attend(exchange, layer);
     mark(6);
     place = product<OUT, SLOTS>(place, {}, ++exchange, 0.f);
     place = product<GATE_UP, SLOTS>(place, {gains.mlp}, ++exchange, given.eps);
@@ -1359,7 +1382,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) frame(const __grid_cons
   const u32 logits = exchange;
   // Of the same rows.
   if constexpr (PROJECTED) place = product<PROJECTION, SLOTS>(place, {}, ++exchange, 0.f);
-  sample<V, true>(place.tid, logits, 0);
+  sample<V, true>(logits, 0);
   place = predict<2 * SLOTS>(place, exchange, 1);
 #pragma unroll 1
   for (int codebook = 2; codebook < Q; ++codebook) place = predict<SLOTS>(place, exchange, codebook);
