@@ -93,6 +93,20 @@ def test_bfloat16_goes_through_the_operator_and_float32_does_not(monkeypatch):
     assert calls == [torch.bfloat16]
 
 
+@pytest.mark.parametrize("offset", [1, 8])
+def test_weights_and_inputs_may_begin_anywhere(offset):
+    """As tensors of a mapped file do: the operator ends the process on some processors."""
+    linear = linear_of(random_weight(48, 64))
+    bytes_ = torch.zeros(48 * 64 + offset, dtype=torch.int8)
+    bytes_[offset:] = linear.weight_int8.flatten()
+    for n_rows in (1, 3, 4, 10):
+        linear.weight_int8 = bytes_[offset:].view(48, 64)
+        inputs = torch.randn(n_rows * 64 + offset, generator=torch.Generator().manual_seed(n_rows)).bfloat16()
+        x = inputs[offset:].view(n_rows, 64)
+        wanted = F.linear(x.float(), linear.dequantize())
+        assert rms(linear(x).float() - wanted) <= 0.01 * rms(wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_embedding_gives_its_rows(dtype):
     weight = random_weight(20, 8)

@@ -225,6 +225,28 @@ def test_a_draw_is_right_where_logits_are_all_alike_or_orders_of_magnitude_apart
             row.data.copy_(values)
 
 
+@pytest.mark.parametrize("n_finite", [0, 3])
+def test_a_draw_ends_where_hardly_a_logit_is_above_minus_infinity(speaker, n_finite, compiler, tmp_path):
+    """As of a broken model: what is left is drawn from, and where nothing is, the first id comes."""
+    head = speaker.talker.codec_head.weight
+    kept = head.data.clone()
+    graph = FrameGraph(Weights(speaker), 1, 256, 64, whole=False)
+    knobs = Sampling(0.8, 40, 0.95, 1.1)
+    graph.join(0, prompts_of(speaker)[0], 11, knobs, replace(knobs, penalty=1.0))
+    state = graph.hidden[0].float()
+    at = int(state.abs().argmax())
+    assert state[at].abs() > 1.2
+    try:
+        head.data.zero_()
+        head.data[n_finite:, at] = -3e38 * state[at].sign()
+        stepping(graph, compiler, tmp_path)()
+    finally:
+        head.data.copy_(kept)
+    uniform = float(uniforms(torch.tensor([11]), 0, 1)[0, 0])
+    assert int(graph.slots.codes[0, 0, 0]) == int(n_finite * uniform)
+    assert (graph.slots.codes[0, 0] >= 0).all()
+
+
 @needs_gpu
 def test_an_engine_sounds_as_plain_pytorch_makes_of_its_codes_which_are_the_likeliest(speaker, monkeypatch):
     """With all that is fast: at first nothing is recorded, then it is, and then replayed."""

@@ -172,7 +172,7 @@ struct Shared {
   u64 kept[MOST_CANDIDATES];
   float sorted[MOST_KEPT];
   int sorted_ids[MOST_KEPT];
-  uint4 cut;  // how far below the highest the last bin begins, how many are above and in it, whether there is one
+  uint4 cut;  // how far below the highest the last bin begins, how many are above and in it, one; or how many there are
   alignas(16) u32 bins[BINS / 16 * 20];  // sixteen and a gap, so that lanes meet different banks
   int counts[4][WARPS];
   int code[SLOTS][Q];
@@ -900,7 +900,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     int k = greedy ? 1 : wanted_k > 0 ? min(wanted_k, n_inside) : n_inside;
     k = min(k, MOST_KEPT);
     // Keys are ordered as scores are; those of bfloat16 have sixteen bits. What counts is how far below the highest they are.
-    constexpr int SHIFT = FIRST ? 0 : 16;
+    constexpr int SHIFT = FIRST ? 0 : 16, ALL = FIRST ? 23 : 7;  // bins so wide hold all there are
     constexpr u32 NEVER = ~0u;
     u32 below[PER];
     int high = 0x80000000;
@@ -936,7 +936,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
         }
         const int sum = n_above + upto(all);
         int before = sum - all, bin = 0, n_before = before, n_in = 0;
-        if (lane == 31 && sum < k) s.cut = make_uint4(0, 0, 0, 0);
+        if (lane == 31 && sum < k) s.cut = make_uint4(sum, 0, 0, 0);
         if (before < k && k <= sum) {
 #pragma unroll
           for (int i = 0; i < 16; ++i) {
@@ -953,8 +953,12 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
         edge = cut.x, n_above = cut.y, n_level = cut.z;
         if (n_above + n_level <= MOST_CANDIDATES || width == 0) break;
         width = max(width - 9, 0);
+      } else if (width != ALL) {
+        width = ALL;
       } else {
-        width = FIRST ? 23 : 7;  // all there are
+        // Fewer than k are above minus infinity, of a model that is broken: even then something is drawn.
+        k = cut.x;
+        if (k == 0) break;
       }
       s.bins[tid / 16 * 20 + tid % 16] = 0;
       workers_meet();
@@ -981,6 +985,8 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
         if (at < MOST_CANDIDATES) s.kept[at] = (u64)likely << 32 | ~(u32)(tid * PER + i);
       }
     const int n = min(n_above + n_level, MOST_CANDIDATES);
+    if (tid == 0 && k == 0) s.sorted[0] = 0.f, s.sorted_ids[0] = 0;
+    k = max(k, 1);
     workers_meet();
     // Each finds its place: how many are larger. Eight threads count for one.
 #pragma unroll 1
