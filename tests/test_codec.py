@@ -109,15 +109,17 @@ def test_the_stream_is_exact_at_the_published_rates(dtype: torch.dtype, atol: fl
 
 
 def test_a_frame_is_heard_as_long_as_windows_and_convolutions_reach() -> None:
-    decoder, codes = _decoder(), _codes(1, 190)
+    # In float32 the last that moves is below rounding on some processors and above on others.
+    decoder, codes = _decoder().double(), _codes(1, 190)
     other = codes.clone()
     other[:, :, 0] = (codes[:, :, 0] + 1) % DECODER.codebook_size
     with torch.no_grad():
-        moved = (decoder(codes) - decoder(other)).abs().view(190, 12).amax(1)
+        moved = (decoder(codes) - decoder(other)).abs().flatten()
     attention = DECODER.num_hidden_layers * (WINDOW - 1)
     convolutions = 2 + 6 / 2 + 6 / 2 + 1 / 2 + 78 / 6 + 1 / 6 + 78 / 12 + 6 / 12
-    assert moved[: attention + 2].min() > 0
-    assert moved[attention + int(convolutions) + 1 :].max() == 0
+    reach = round(12 * (1 + attention + convolutions))
+    assert moved[: 12 * (attention + 2)].min() > 0
+    assert moved[reach - 1] > 0 and moved[reach:].max() == 0
 
 
 def test_a_batched_stream_is_its_rows() -> None:
