@@ -151,12 +151,18 @@ inline u32 one_bf(float x) {
 }
 inline u32 two_bf(float low, float high) { return one_bf(low) | one_bf(high) << 16; }
 inline float half(u16 x) { _Float16 y; memcpy(&y, &x, 2); return y; }
+// Everyone's fragments, once all have met.
+typedef u32 Fragments[32][6];
+inline Fragments& exchange_fragments(u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  Fragments& all = warp_of().fragments[current->met_all + 1 & 1];
+  const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(all[current->index % 32], mine, sizeof mine);
+  meet_warp();
+  return all;
+}
 inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   const int lane = current->index % 32, g = lane / 4, t = lane % 4;
-  auto& all = warp_of().fragments[current->met_all + 1 & 1];
-  const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
-  memcpy(all[lane], mine, sizeof mine);
-  meet_warp();
+  const auto& all = exchange_fragments(a0, a1, a2, a3, b0, b1);
   for (int out = 0; out < 4; ++out) {
     const int row = out / 2, column = 2 * t + out % 2;
     for (int k = 0; k < 16; ++k) {
@@ -167,10 +173,7 @@ inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 }
 inline void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   const int lane = current->index % 32, g = lane / 4, t = lane % 4;
-  auto& all = warp_of().fragments[current->met_all + 1 & 1];
-  const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
-  memcpy(all[lane], mine, sizeof mine);
-  meet_warp();
+  const auto& all = exchange_fragments(a0, a1, a2, a3, b0, b1);
   for (int out = 0; out < 4; ++out) {
     const int row = out / 2, column = 2 * t + out % 2;
     for (int k = 0; k < 32; ++k) {

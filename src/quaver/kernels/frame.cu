@@ -12,7 +12,7 @@
 // them over as two rows of which the second has every other pair: a column holds the activations that belong to the one or to
 // the other, and the row's product is the sum of two of the four outcomes. So one instruction takes all sixteen bytes, and
 // nothing is moved. Up to four rows of activations cost as much as one. In 4 bits it is the same with m16n8k32 and bytes:
-// weights are their 4 bits, activations become sixteen bits of which the lower and the upper byte have a column each.
+// weights are their 4 bits, activations become fifteen bits of which the lower and the upper byte have a column each.
 //
 // Constants that persistent.py puts above: GRID blocks of THREADS; SLOTS utterances; D, I, H, G, L: width, inner width, heads, key
 // heads, layers of the talker; E, J, PH, PG, PL of the predictor; V, W ids of the first and of the other codebooks;
@@ -173,7 +173,7 @@ struct Shared {
   float sorted[MOST_KEPT];
   int sorted_ids[MOST_KEPT];
   uint4 cut;  // how far below the highest the last bin begins, how many are above and in it, one; or how many there are
-  alignas(16) u32 bins[BINS / 16 * 20];  // sixteen and a gap, so that lanes meet different banks
+  alignas(16) u32 bins[BINS / 16 * 20];  // see bin_at
   int counts[4][WARPS];
   int code[SLOTS][Q];
   int frame[SLOTS], alive[SLOTS], prompt[SLOTS];
@@ -351,6 +351,7 @@ __device__ __forceinline__ uint2 receive(u32 number, int at) {
 
 // Products that are added to the residual stream.
 constexpr bool onto_stream(int which) { return which == OUT || which == DOWN || which == SMALL_OUT || which == SMALL_DOWN; }
+
 // Four words of four bytes, with rows for columns.
 __device__ __forceinline__ uint4 turned(const uint4& x) {
   const u32 a = __byte_perm(x.x, x.y, 0x5140), b = __byte_perm(x.z, x.w, 0x5140);
@@ -816,6 +817,9 @@ __device__ __forceinline__ int ordered(float x) {
   const int bits = __float_as_int(x);
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
+__device__ __forceinline__ float of_order(int key) { return __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF)); }
+// Where the i-th bin is: sixteen and a gap, so that lanes meet different banks.
+__device__ __forceinline__ u32* bin_at(u32 i) { return s.bins + i + i / 16 * 4; }
 
 // A number of each warp: a lane gets that of the warp it is named for, later ones zero.
 __device__ __forceinline__ int of_warps(int& round, int mine) {
@@ -849,7 +853,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
 #pragma unroll 1
   for (int slot = 0; slot < SLOTS; ++slot) {
     int round = 0;
-    s.bins[tid / 16 * 20 + tid % 16] = 0;
+    *bin_at(tid) = 0;
     const float* knobs = (FIRST ? given.first : given.residual) + 4 * slot;
     const float temperature = knobs[0], top_p = knobs[2], penalty = knobs[3];
     const bool greedy = temperature == 0.f;
@@ -879,7 +883,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
 #pragma unroll
       for (int i = 0; i < PER; ++i) key = max(key, ordered(has ? x[i] : LEAST));
       key = highest(round, key);
-      const float peak = __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF));
+      const float peak = of_order(key);
       float sum = 0.f, stop = 0.f;
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
@@ -900,7 +904,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
     int k = greedy ? 1 : wanted_k > 0 ? min(wanted_k, n_inside) : n_inside;
     k = min(k, MOST_KEPT);
     // Keys are ordered as scores are; those of bfloat16 have sixteen bits. What counts is how far below the highest they are.
-    constexpr int SHIFT = FIRST ? 0 : 16, ALL = FIRST ? 23 : 7;  // bins so wide hold all there are
+    constexpr int SHIFT = FIRST ? 0 : 16, ALL = 32 - SHIFT - log2_of(BINS);  // bins so wide hold all there are
     constexpr u32 NEVER = ~0u;
     u32 below[PER];
     int high = 0x80000000;
@@ -922,7 +926,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
         const u32 bin = (below[i] - edge) >> width;
-        if (below[i] != NEVER && below[i] >= edge && bin < BINS) count(&s.bins[bin + bin / 16 * 4]);
+        if (below[i] != NEVER && below[i] >= edge && bin < BINS) count(bin_at(bin));
       }
       workers_meet();
       if (warp == 0) {
@@ -930,7 +934,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
         int bins[16], all = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint4 four = *(const uint4*)(s.bins + lane * 20 + 4 * i);
+          const uint4 four = *(const uint4*)(bin_at(16 * lane) + 4 * i);
           bins[4 * i] = four.x, bins[4 * i + 1] = four.y, bins[4 * i + 2] = four.z, bins[4 * i + 3] = four.w;
           all += (four.x + four.y) + (four.z + four.w);
         }
@@ -952,7 +956,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
       if (cut.w) {
         edge = cut.x, n_above = cut.y, n_level = cut.z;
         if (n_above + n_level <= MOST_CANDIDATES || width == 0) break;
-        width = max(width - 9, 0);
+        width = max(width - log2_of(BINS), 0);
       } else if (width != ALL) {
         width = ALL;
       } else {
@@ -960,7 +964,7 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
         k = cut.x;
         if (k == 0) break;
       }
-      s.bins[tid / 16 * 20 + tid % 16] = 0;
+      *bin_at(tid) = 0;
       workers_meet();
     }
     const u32 last = edge + ((1u << width) - 1);
@@ -998,9 +1002,8 @@ __device__ __noinline__ void sample(u32 number, int codebook) {
       for (int j = lane & 7; j < n; j += 8) rank += s.kept[j] > own;
 #pragma unroll
       for (int d = 1; d < 8; d <<= 1) rank += __shfl_xor_sync(~0u, rank, d);
-      const int bits = (int)((u32)(own >> 32) ^ 0x80000000u);
       if ((lane & 7) == 0 && candidate < n && rank < k)
-        s.sorted[rank] = __int_as_float(bits ^ ((bits >> 31) & 0x7FFFFFFF)), s.sorted_ids[rank] = (int)~(u32)own;
+        s.sorted[rank] = of_order((int)((u32)(own >> 32) ^ 0x80000000u)), s.sorted_ids[rank] = (int)~(u32)own;
     }
     workers_meet();
     if (warp == 0) {
@@ -1259,15 +1262,14 @@ __device__ __forceinline__ void stage_attended(int tid, u32 number) {
     const u64 at = (u64)unit * MOST_SPLITS;
     const u64* parts = given.parts + at * (HD / 2) + 2 * lane;
     uint2 got[1];
+    const bool always[1] = {true};
     if (splits == 1) {
       const u64* const whole[1] = {parts};
-      const bool always[1] = {true};
       receive<1>(got, whole, always, number);
       put<OUT>(tid, slot, head * HD + 4 * lane, got[0]);
       continue;
     }
     const u64* const weights[1] = {given.part_weights + (at + min(lane, splits - 1)) * 2};
-    const bool always[1] = {true};
     receive<1>(got, weights, always, number);
     float top = lane < splits ? __uint_as_float(got[0].x) : -1e30f;
     const float peak = top, weight = __uint_as_float(got[0].y);
